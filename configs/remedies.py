@@ -1,0 +1,21 @@
+"""Numbers that would fit, as the sentence about a number that does not lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def divisors(number: int) -> list[int]:
+    """Every whole number that divides ``number``, in order."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def listed(numbers: Iterable[int]) -> str:
+    """Numbers with commas between them."""
+    return ", ".join(str(number) for number in numbers)
+
+
+def nearest_multiples(number: int, unit: int) -> str:
+    """The positive multiples of ``unit`` on either side of ``number``, which is none itself."""
+    below = max(number - number % unit, 0)
+    return f"{below} or {below + unit}" if below else str(unit)

@@ -1,0 +1,141 @@
+"""The typed configuration of a run: what may be written in a YAML recipe or overridden on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from .stack import Section, Stack
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Model(Section):
+    """What is trained."""
+
+    vocabulary_size: PositiveInt | None = None
+    """Number of token ids; by default that of the prepared data."""
+    vocabulary_multiple: PositiveInt = 128
+    """The embedding has its rows rounded up to a multiple of this, whatever the layout."""
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    ffn_activation: Literal["swiglu", "gelu"] = "swiglu"
+    """``swiglu``: fc2(silu(fc1 x) * gate x); ``gelu``: fc2(gelu(fc1 x)), the RetNet paper's."""
+    stack: Stack
+    norm_eps: PositiveFloat = 1e-5
+    tied_embeddings: bool = False
+    embedding_scale: bool = False
+    """Multiply embeddings by sqrt(hidden_size), as RetNet and YOCO do."""
+    head_init: Literal["linear", "normal"] = "linear"
+    """Output layer: ``linear`` U(+-D^-0.5) as YOCO, ``normal`` N(0, D^-0.5) as RetNet."""
+
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding. Needs ``vocabulary_size`` to be known."""
+        if self.vocabulary_size is None:
+            raise ValueError("model.vocabulary_size is not known yet")
+        multiple = self.vocabulary_multiple
+        return -(-self.vocabulary_size // multiple) * multiple
+
+
+class Parallel(Section):
+    """How the model is divided. The data-parallel size is what remains of the world size."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1
+    """Model chunks held by each pipeline stage; above 1 the schedule is interleaved 1F1B."""
+    context: PositiveInt = 1
+    sequence: bool = False
+    """Sequence parallelism: activations between the sharded regions are split along the sequence over tensor ranks."""
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+class Train(Section):
+    """How long and in what batches."""
+
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
+    sequence_length: PositiveInt
+    seed: NonNegativeInt = 1234
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule. Matrices decay; vectors (norms, lambda) do not."""
+
+    learning_rate: PositiveFloat = 3e-4
+    minimum_learning_rate: NonNegativeFloat = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    decay_steps: PositiveInt | None = None
+    """Steps until the minimum is reached (warm-up included); by default ``train.steps``."""
+    wsd_decay_steps: PositiveInt | None = None
+    """Length of the final decay of ``wsd``; by default a tenth of ``decay_steps``."""
+
+
+class Precision(Section):
+    """Numbers the model computes with. Master weights and optimizer state are always fp32."""
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+
+
+class Data(Section):
+    """Prepared token shards."""
+
+    directory: Path
+
+
+class Evaluation(Section):
+    """Validation loss on the held-out split."""
+
+    interval: NonNegativeInt = 100
+    """Steps between evaluations; 0 turns them off. A run that evaluates does so at its start and end too."""
+    batches: PositiveInt = 8
+    """Global batches per evaluation, the same ones every time."""
+
+
+class Checkpoint(Section):
+    """Sharded checkpoints."""
+
+    directory: Path | None = None
+    """By default ``checkpoints`` in the run's directory."""
+    interval: NonNegativeInt = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: PositiveInt = 3
+    """How many of the newest checkpoints stay on disk."""
+
+
+class Run(Section):
+    """Where the run writes."""
+
+    directory: Path
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: Model
+    parallel: Parallel = Parallel()
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    precision: Precision = Precision()
+    data: Data
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    run: Run
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        """Where checkpoints are written and looked for."""
+        return self.checkpoint.directory or self.run.directory / "checkpoints"

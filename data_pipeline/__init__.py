@@ -1,0 +1,1 @@
+"""What a run reads: tokenizers, corpus preparation, token shards, and the batches cut from them."""

@@ -1,0 +1,160 @@
+"""The manifest ``index.json``: what a folder of prepared data holds. Written last, it means: finished."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from ..configs.errors import RunError, UsageError
+from .durable import write_durably
+
+FORMAT: Final = 1
+MANIFEST = "index.json"
+TOKENIZER: Final = "tokenizer.json"
+UNFINISHED = "unfinished.json"
+"""Marks a folder that a preparation has claimed and not finished."""
+
+DtypeName = Literal["uint16", "uint32"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Request(_Record):
+    """What was asked for. Equal requests on the same files give the same folder."""
+
+    sources: tuple[str, ...]
+    """Inputs, as they were given."""
+    source_files: NonNegativeInt
+    source_bytes: NonNegativeInt
+    """Number and total size of the input files: a corpus that has grown is another request."""
+    tokenizer_sha256: Sha256 | None
+    """The tokenizer that was given, if one was."""
+    trained_vocabulary: PositiveInt | None
+    """Size of the vocabulary to be trained, if no tokenizer was given."""
+    validation_fraction: float
+    shard_tokens: PositiveInt
+
+    def difference(self, other: Request) -> str:
+        """The first field in which ``other`` differs, as ``name is X there and Y here``; else nothing."""
+        here = other.model_dump(mode="json")
+        for name, value in self.model_dump(mode="json").items():
+            if here[name] != value:
+                return f"{name} is {value} there and {here[name]} here"
+        return ""
+
+
+class ShardRecord(_Record):
+    """One shard: a tar, and the index of its members beside it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z]+-[0-9]{5,}\.tar$")]
+    """File name. The pattern keeps a manifest from other hands inside its own folder."""
+    bytes: PositiveInt
+    tokens: PositiveInt
+    documents: NonNegativeInt
+    """Documents that begin in the shard."""
+    sha256: Sha256
+    index_sha256: Sha256
+
+
+class Manifest(_Record):
+    """A finished preparation."""
+
+    format: Literal[1] = FORMAT
+    dtype: DtypeName
+    """Token ids are little-endian."""
+    vocabulary_size: PositiveInt
+    eos_id: NonNegativeInt
+    """The token that ends every document."""
+    tokenizer: Literal["tokenizer.json"] = TOKENIZER
+    tokenizer_sha256: Sha256
+    request: Request
+    splits: dict[str, tuple[ShardRecord, ...]]
+    """Shards of every split that holds documents, in the order of their tokens."""
+
+    def tokens(self, split: str) -> int:
+        """Tokens of a split, 0 if it is not there."""
+        return sum(shard.tokens for shard in self.splits.get(split, ()))
+
+    def documents(self, split: str) -> int:
+        """Documents of a split, 0 if it is not there."""
+        return sum(shard.documents for shard in self.splits.get(split, ()))
+
+    def to_json(self) -> bytes:
+        """The bytes of ``index.json``: a pure function of the contents."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode("ascii")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of ``index.json`` in hexadecimal: equal fingerprints mean equal tokens in equal order."""
+        return sha256(self.to_json()).hexdigest()
+
+
+def dtype_name(vocabulary_size: int) -> DtypeName:
+    """The narrowest type that holds every id below ``vocabulary_size``."""
+    return "uint16" if vocabulary_size <= 1 << 16 else "uint32"
+
+
+def token_dtype(name: DtypeName) -> np.dtype[np.unsignedinteger]:
+    """The little-endian numpy type of that name."""
+    return np.dtype({"uint16": "<u2", "uint32": "<u4"}[name])
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Commit a preparation: everything the manifest names must already be on disk."""
+    write_durably(directory / MANIFEST, manifest.to_json())
+
+
+def load_manifest(directory: Path) -> Manifest:
+    """Read the manifest of a folder of prepared data.
+
+    Raises UsageError when there is none or it is of another format, RunError when it is damaged.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise UsageError(_absence(directory))
+    data = path.read_bytes()
+    manifest = _parse(path, data)
+    # The fingerprint is computed from the contents: this makes it that of the file as well.
+    if manifest.to_json() != data:
+        raise RunError(f"{path} was changed after it was written; {_remedy(directory)}")
+    return manifest
+
+
+def _parse(path: Path, data: bytes) -> Manifest:
+    try:
+        raw: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: it is not JSON ({error}); {_remedy(path.parent)}") from error
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found != FORMAT:
+        raise UsageError(
+            f"{path} has format {found} and this version of trine reads format {FORMAT}; "
+            "prepare the data again in another folder, or use the version that wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise RunError(f"{path} is damaged at {where} ({first['msg']}); {_remedy(path.parent)}") from error
+
+
+def _absence(directory: Path) -> str:
+    remedy = "prepare the data first, or name the folder that holds it"
+    if not directory.is_dir():
+        return f"the folder of prepared data {directory} is not there; {remedy}"
+    if (directory / UNFINISHED).exists():
+        return f"the preparation of data in {directory} has not finished; run it again to complete it"
+    return f"{directory} holds no prepared data ({MANIFEST} is missing); {remedy}"
+
+
+def _remedy(directory: Path) -> str:
+    return f"restore it from a copy, or delete {directory} and prepare the data again"

@@ -1,0 +1,59 @@
+"""The index of a shard: where the payloads of its members lie in the tar, and what they must hash to."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX_SUFFIX = ".idx.npy"
+
+
+class Member(NamedTuple):
+    """One document group of a shard, its ``.tok`` and its ``.len``; offsets are of raw payloads in the tar.
+
+    ``lengths`` lists the document pieces of the member in order, in tokens, each with the token that ends its
+    document; they add up to ``tokens``. Only a document longer than a member is split, and it then has
+    members of its own except the last, where others may follow its end. A leading 0 in ``lengths`` says that
+    the piece after it continues the document of the preceding member (no document has length 0, so this is
+    unambiguous).
+    """
+
+    offset: int
+    tokens: int
+    crc32: int
+    lengths_offset: int
+    lengths: int
+    lengths_crc32: int
+    group: int
+    """The number in the names of the member's two files, counted through all shards of the split."""
+
+
+def dump_index(members: Sequence[Member]) -> bytes:
+    """A ``.npy`` file: int64 (members, 7), the columns being the fields of ``Member``."""
+    buffer = io.BytesIO()
+    rows = np.array(members, "<i8").reshape(-1, len(Member._fields))
+    np.save(buffer, rows, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def parse_index(data: bytes) -> NDArray[np.int64]:
+    """What ``dump_index`` wrote, as int64 (members, 7). Raises ValueError when it is something else."""
+    rows = np.load(io.BytesIO(data), allow_pickle=False)
+    if rows.dtype != np.dtype("<i8") or rows.ndim != 2 or rows.shape[1] != len(Member._fields):
+        raise ValueError(
+            f"expected int64 (members, {len(Member._fields)}) and found {rows.dtype} {rows.shape}"
+        )
+    index: NDArray[np.int64] = rows.astype(np.int64, copy=False)
+    return index
+
+
+def document_starts(lengths: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Positions in a member at which a document begins, from the member's ``.len`` (see ``Member``)."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts: NDArray[np.int64] = ends - lengths
+    # After a leading 0 the first piece is the rest of an earlier document: neither entry begins one.
+    return starts[2:] if lengths[0] == 0 else starts

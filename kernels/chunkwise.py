@@ -1,0 +1,189 @@
+"""The chunkwise form of retention: batched products inside the chunks and a scan over their states.
+
+With c the inclusive running sum of log a from the start of a chunk of C tokens, and D_ij = exp(c_i - c_j) for
+j <= i, else 0:
+
+    o_i   = sum_j D_ij (q_i . k_j) v_j  +  exp(c_i) q_i S_in
+    S_out = exp(c_C) S_in  +  sum_j exp(c_C - c_j) k_j^T v_j
+
+A fixed decay is the case c_i = i log(gamma), equal in all chunks and sequences: its tables have size 1 there
+and broadcast. Only differences with j <= i are exponentiated; they are never positive, so nothing overflows.
+
+Backward, with P = (Q K^T) . D and U the gradient of S_out, which a scan in the other direction gives:
+
+    dP = (dO V^T) . D                               dV = P^T dO + exp(c_C - c) K U
+    dQ = dP K + exp(c) dO S_in^T                    dK = dP^T Q + exp(c_C - c) V U^T
+    dc_i = q_i . dq_i - k_i . dk_i                  dc_C += <U, S_out>
+
+The last line holds because only the products q exp(c), k exp(-c) and exp(c_C) S_out exp(-c_C) occur.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .precision import accumulate_bmm_, operand, wide_bmm
+
+
+def chunkwise_retention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final state of a sequence whose length ``chunk_size`` divides.
+
+    The contract of ``retention.retention``, with the initial ``state`` given and in the accumulation dtype.
+    """
+    results: tuple[Tensor, Tensor] = _ChunkwiseRetention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, log_decay, state, chunk_size
+    )
+    return results
+
+
+class _ChunkwiseRetention(torch.autograd.Function):
+    """Keeps its inputs and the state that enters each chunk; scores are computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.cut = cut = _Cut(v.shape[0], v.shape[1], v.shape[2] // chunk_size, chunk_size)
+        decay = _decay_tables(log_decay.to(state.dtype), cut)
+        queries, keys, values = (cut.rows(x) for x in (q, k, v))
+        entering = cut.split(wide_bmm(cut.scaled(keys, decay.until_exit).mT, values))
+        final_state = _scan_(entering, decay.across, state)
+        output = wide_bmm(cut.scaled(queries, decay.since_entry), cut.merge(entering).to(values.dtype))
+        scores = cut.scale_(wide_bmm(queries, keys.mT), decay.within)
+        accumulate_bmm_(output, scores.to(values.dtype), values)
+        ctx.save_for_backward(q, k, v, log_decay, entering, final_state)
+        return output.view(v.shape).to(v.dtype), final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, entering, final_state = ctx.saved_tensors
+        cut: _Cut = ctx.cut
+        decay = _decay_tables(log_decay.to(entering.dtype), cut)
+        queries, keys, values, upstream = (cut.rows(x) for x in (q, k, v, grad_output))
+        grad_leaving = cut.split(wide_bmm(cut.scaled(queries, decay.since_entry).mT, upstream))
+        grad_state = _scan_(grad_leaving, decay.across, grad_final, backwards=True)
+        states, grad_states = (cut.merge(x).to(values.dtype) for x in (entering, grad_leaving))
+        grad_q, grad_k = _grad_queries_keys(queries, keys, values, upstream, states, grad_states, decay, cut)
+        grad_v = _grad_values(queries, keys, upstream, grad_states, decay, cut)
+        grad_decay = None
+        if ctx.needs_input_grad[3]:
+            grad_sums = cut.split((queries * grad_q).addcmul_(keys, grad_k, value=-1).sum(dim=-1))
+            grad_decay = _grad_log_decay(grad_sums, grad_leaving, entering, final_state)
+            grad_decay = grad_decay.view(log_decay.shape).to(log_decay.dtype)
+        grads = (grad.view(x.shape).to(x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+        return *grads, grad_decay, grad_state, None
+
+
+class _Cut(NamedTuple):
+    """How a sequence is cut: into ``chunks`` pieces of ``size`` tokens, N and C in the shapes below."""
+
+    batch: int
+    heads: int
+    chunks: int
+    size: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(B, H, T, d) to (B*H*N, C, d), ready for matrix products."""
+        return operand(x).reshape(-1, self.size, x.shape[-1])
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B*H*N, ...) to (B, H, N, ...)."""
+        return x.view((self.batch, self.heads, self.chunks, *x.shape[1:]))
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(B, H, N, ...) to (B*H*N, ...)."""
+        return x.flatten(0, 2)
+
+    def scale_(self, x: Tensor, table: Tensor) -> Tensor:
+        """Multiply x (B*H*N, ...) in place by a table that broadcasts over (B, H, N, ...)."""
+        self.split(x).mul_(table)
+        return x
+
+    def scaled(self, x: Tensor, table: Tensor) -> Tensor:
+        """The same product as a new tensor, computed in the dtype of the table and rounded to that of x."""
+        return self.merge(self.split(x) * table).to(x.dtype)
+
+
+class _Decay(NamedTuple):
+    """Decays inside the chunks; (B, H, N) below is (1, H, 1) where the decay is fixed."""
+
+    within: Tensor
+    """(B, H, N, C, C): D_ij, from token j to token i."""
+    since_entry: Tensor
+    """(B, H, N, C, 1): exp(c_i), from the entry of the chunk to token i."""
+    until_exit: Tensor
+    """(B, H, N, C, 1): exp(c_C - c_j), from token j to the exit of the chunk."""
+    across: Tensor
+    """(B, H, N): exp(c_C), over the whole chunk."""
+
+
+def _decay_tables(log_decay: Tensor, cut: _Cut) -> _Decay:
+    """Tables of log_decay (H,) or (B, H, T), in its dtype."""
+    if log_decay.dim() == 1:
+        tokens = torch.arange(1, cut.size + 1, dtype=log_decay.dtype, device=log_decay.device)
+        c = torch.outer(log_decay, tokens)[None, :, None]
+    else:
+        c = log_decay.reshape(*cut).cumsum(dim=-1)
+    # Zeroing positive differences keeps exp in range; exp of a filled-in -inf is ten times slower on a CPU.
+    within = (c.unsqueeze(-1) - c.unsqueeze(-2)).tril_().exp_().tril_()
+    last = c[..., -1:]
+    return _Decay(within, c.exp().unsqueeze(-1), (last - c).exp().unsqueeze(-1), last.squeeze(-1).exp())
+
+
+def _scan_(increments: Tensor, decay: Tensor, state: Tensor, *, backwards: bool = False) -> Tensor:
+    """state <- decay * state + increment over the chunks, in order or backwards; returns the last state.
+
+    Each increment (B, H, N, dk, dv) is replaced in place by the state before it.
+    """
+    chunks = increments.shape[2]
+    decay = decay.expand(-1, -1, chunks)[..., None, None]
+    for n in reversed(range(chunks)) if backwards else range(chunks):
+        following = torch.addcmul(increments[:, :, n], decay[:, :, n], state)
+        increments[:, :, n] = state
+        state = following
+    return state
+
+
+def _grad_queries_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    upstream: Tensor,
+    states: Tensor,
+    grad_states: Tensor,
+    decay: _Decay,
+    cut: _Cut,
+) -> tuple[Tensor, Tensor]:
+    """dQ and dK (B*H*N, C, dk), from ``upstream`` = dO, ``states`` = S_in and ``grad_states`` = U."""
+    grad_scores = cut.scale_(wide_bmm(upstream, v.mT), decay.within).to(v.dtype)
+    grad_q = cut.scale_(wide_bmm(upstream, states.mT), decay.since_entry)
+    grad_k = cut.scale_(wide_bmm(v, grad_states.mT), decay.until_exit)
+    return accumulate_bmm_(grad_q, grad_scores, k), accumulate_bmm_(grad_k, grad_scores.mT, q)
+
+
+def _grad_values(
+    q: Tensor, k: Tensor, upstream: Tensor, grad_states: Tensor, decay: _Decay, cut: _Cut
+) -> Tensor:
+    """dV (B*H*N, C, dv), from ``upstream`` = dO and ``grad_states`` = U."""
+    scores = cut.scale_(wide_bmm(q, k.mT), decay.within).to(upstream.dtype)
+    return accumulate_bmm_(wide_bmm(cut.scaled(k, decay.until_exit), grad_states), scores.mT, upstream)
+
+
+def _grad_log_decay(grad_sums: Tensor, grad_leaving: Tensor, entering: Tensor, final_state: Tensor) -> Tensor:
+    """Gradient (B, H, N, C) of the log-decays, from ``grad_sums`` = q_i . dq_i - k_i . dk_i of that shape.
+
+    ``grad_leaving`` is U and ``entering`` is S_in of each chunk, so that S_out of chunk n is ``entering`` of
+    n + 1.
+    """
+    grad = grad_sums.clone()
+    grad[:, :, :-1, -1] += (grad_leaving[:, :, :-1] * entering[:, :, 1:]).sum(dim=(-1, -2))
+    grad[:, :, -1, -1] += (grad_leaving[:, :, -1] * final_state).sum(dim=(-1, -2))
+    # c_i contains the log-decays up to token i, so a log-decay collects the gradients from its own token on.
+    return grad.flip(-1).cumsum(dim=-1).flip(-1)

@@ -1,0 +1,103 @@
+"""Retention with a fixed or a per-token decay (RetNet, arXiv 2307.08621; gated in YOCO, arXiv 2405.05254).
+
+S_n = a_n S_{n-1} + k_n^T v_n and o_n = q_n S_n, without the score normalisation of RetNet's code: the norm
+per head that follows removes any factor that a row has in common.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..configs.errors import UsageError
+from . import reference
+from .chunkwise import chunkwise_retention
+from .dispatch import Backend, resolve
+from .precision import accumulation_dtype
+
+
+def fixed_decay_log(
+    heads: int,
+    *,
+    first: int = 0,
+    total: int | None = None,
+    schedule: Literal["default", "experiments"] = "default",
+) -> Tensor:
+    """log(gamma), (heads,) fp32, of the global heads first .. first + heads - 1 out of ``total``.
+
+    ``default``: gamma_h = 1 - 2^(-5-h). ``experiments``: gamma = 1 - exp(linspace(log 1/32, log 1/512,
+    total)), the schedule of the RetNet paper's runs. ``total`` defaults to ``heads``. Raises UsageError for
+    heads outside.
+
+    The logarithm is log1p in fp64, because 1 - 2^(-5-h) rounds to 1 in fp32 from h = 20 on: those heads would
+    never decay.
+    """
+    total = heads if total is None else total
+    if first < 0 or first + heads > total:
+        raise UsageError(
+            f"heads {first} to {first + heads - 1} are not among {total}; pass the model's as total"
+        )
+    if schedule == "default":
+        forgotten = 2.0 ** (-5 - torch.arange(total, dtype=torch.float64))
+    else:
+        forgotten = torch.linspace(math.log(1 / 32), math.log(1 / 512), total, dtype=torch.float64).exp()
+    return torch.log1p(-forgotten)[first : first + heads].float()
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 128,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, T, dv) in v.dtype and final state (B, H, dk, dv) in fp32 (fp64 for fp64); memory O(T).
+
+    q and k (B, H, T, dk), k already scaled, v (B, H, T, dv), of one dtype. ``log_decay``, finite and not
+    positive, is (H,) for a fixed decay per head, which takes no gradient, or (B, H, T) per token.
+    ``initial_state`` (B, H, dk, dv) is the state before the first token, zero by default. Differentiable once
+    in q, k, v, a per-token log_decay and initial_state, through both results. Decays, states and the scan are
+    fp32 at least. ``chunk_size`` changes speed, and results only by rounding. Raises UsageError for arguments
+    that do not fit.
+    """
+    _check(q, k, v, log_decay, initial_state, chunk_size)
+    if resolve(backend) == "reference":
+        return reference.retention(q, k, v, log_decay, initial_state)
+    if initial_state is None:
+        initial_state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    state, length = initial_state.to(accumulation_dtype(v)), q.shape[2]
+    chunk_size = min(chunk_size, length)
+    if length % chunk_size == 0:
+        return chunkwise_retention(q, k, v, log_decay, state, chunk_size)
+    # The tokens after the last whole chunk form one shorter chunk: padding would let the state decay too far.
+    sizes = [length - length % chunk_size, length % chunk_size]
+    (q, q_rest), (k, k_rest), (v, v_rest) = (torch.split(x, sizes, dim=2) for x in (q, k, v))
+    fixed = log_decay.dim() == 1
+    decay, decay_rest = (log_decay, log_decay) if fixed else torch.split(log_decay, sizes, dim=2)
+    output, state = chunkwise_retention(q, k, v, decay, state, chunk_size)
+    output_rest, state = chunkwise_retention(q_rest, k_rest, v_rest, decay_rest, state, sizes[1])
+    return torch.cat((output, output_rest), dim=2), state
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, chunk_size: int
+) -> None:
+    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise UsageError(f"retention got {shapes}; use (B, H, T, dk) twice and (B, H, T, dv)")
+    if log_decay.shape not in (q.shape[1:2], q.shape[:3]):
+        raise UsageError(f"retention got log_decay of shape {tuple(log_decay.shape)}; use (H,) or (B, H, T)")
+    if log_decay.dim() == 1 and log_decay.requires_grad:
+        raise UsageError(
+            "retention got a fixed log_decay that requires a gradient; use (B, H, T) to train it"
+        )
+    if initial_state is not None and initial_state.shape != (*q.shape[:2], q.shape[-1], v.shape[-1]):
+        raise UsageError(f"retention got a state of shape {tuple(initial_state.shape)}; use (B, H, dk, dv)")
+    if chunk_size < 1:
+        raise UsageError(f"retention chunk_size is {chunk_size}; use a positive number, such as 128")

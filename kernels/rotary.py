@@ -1,0 +1,51 @@
+"""Rotary position embedding on interleaved pairs (2i, 2i+1) (RoFormer, arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .precision import accumulation_dtype
+
+
+def rotary_frequencies(head_dim: int, theta: float, spacing: Literal["standard", "linspace"]) -> Tensor:
+    """Angle per position of each pair, (head_dim / 2,) fp32.
+
+    ``standard``: theta^(-2i/d). ``linspace``: theta^(-i/(d/2-1)), as in RetNet and YOCO, whose last frequency
+    is 1/theta. With d = 128 the two differ by up to 13 %, so one must not stand in for the other.
+    """
+    pairs = head_dim // 2
+    if spacing == "linspace":
+        exponents = torch.linspace(0, 1, pairs, dtype=torch.float64)
+    else:
+        exponents = torch.arange(pairs, dtype=torch.float64) / pairs
+    return torch.pow(theta, -exponents).float()
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, each (T, d/2) fp32, for positions (T,) and frequencies (d/2,).
+
+    The angles are fp64: at position 10^6 an fp32 angle is off by several hundredths of a radian, and a bf16
+    one by whole turns.
+    """
+    angles = torch.outer(positions.double(), frequencies.double())
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (..., T, d) by tables (T, d/2), in fp32 at least; returns x.dtype.
+
+    A pair is a complex number and its rotation a product with e^{i angle}: one pass forward and one backward.
+    """
+    wide = accumulation_dtype(x)
+    pairs = torch.view_as_complex(_even(x.to(wide)).unflatten(-1, (-1, 2)))
+    rotation = torch.complex(cos.to(wide), sin.to(wide))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+def _even(x: Tensor) -> Tensor:
+    """x, copied where it cannot be seen as complex: a slice of a fused projection may have odd strides or offset."""
+    even = x.stride(-1) == 1 and not x.storage_offset() % 2 and not any(s % 2 for s in x.stride()[:-1])
+    return x if even else x.contiguous()

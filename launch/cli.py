@@ -1,0 +1,244 @@
+"""The command line: ``trine pretrain``, ``trine data prepare`` and ``trine doctor``.
+
+Each command imports what it needs when it runs, so that ``trine --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from .. import __version__
+from ..configs.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from ..configs.schema import Config
+    from ..pretrain.place import Place
+
+_EXIT_CODES = "exit codes: 0 done; 1 failed; 2 wrong use; 130 stopped by Ctrl-C"
+
+_PRETRAIN = """\
+Pretrain the model of a recipe, or continue a run that was stopped: the same command resumes from the newest
+checkpoint in the run's folder.
+
+Started alone, the command starts one rank per GPU or, where there are no GPUs, as many ranks as the recipe
+divides the model over. Started by torchrun, srun or mpirun, each process is one rank."""
+
+_PRETRAIN_EXAMPLES = f"""\
+examples:
+  trine pretrain configs/demo.yaml
+  trine pretrain configs/demo.yaml train.steps=1000 parallel.pipeline=2 --nproc 4
+  torchrun --nproc-per-node 8 -m trine pretrain configs/yoco/3b.yaml
+
+{_EXIT_CODES}"""
+
+_PREPARE = """\
+Turn text into token shards that runs read: a tokenizer, shards for training and validation, and a manifest
+with checksums. A preparation that was cut short is done anew by the same command."""
+
+_PREPARE_EXAMPLES = f"""\
+examples:
+  trine data prepare corpus/ more.jsonl --output data/corpus --tokenizer tokenizer.json
+  trine data prepare stdlib --output data/demo --train-tokenizer 4096
+
+{_EXIT_CODES}"""
+
+_DOCTOR = """\
+Tell what this machine and this Python environment can do: what is there, what is not, and what that would
+give."""
+
+_DOCTOR_EXAMPLES = """\
+example:
+  trine doctor
+
+exit codes: 0 models can be trained here; 1 something that every run needs is missing; 2 wrong use"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in ``argv`` (by default the process's own) and return its exit code.
+
+    0 done, 1 failed, 2 wrong use, 130 interrupted. Messages go to standard error. A process that is a rank of
+    torchrun, srun or mpirun ends inside where its rank fails.
+    """
+    try:
+        arguments = _parse(argv)
+        code: int = arguments.command(arguments)
+        return code
+    except SystemExit as done:  # argparse has printed the help or the version
+        return int(done.code or 0)
+    except UsageError as error:
+        print(f"trine: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"trine: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("trine: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors end like every other mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; '{self.prog} --help' describes the command")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:
+        # argparse takes positionals from one place only; overrides may also follow an option.
+        if "overrides" not in arguments or any(word.startswith("-") for word in rest):
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
+    return arguments
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="trine",
+        description="Pretrain Differential Transformer, RetNet and YOCO language models on Megatron-Core.",
+        epilog=f"{_EXIT_CODES}\n\n'trine COMMAND --help' describes a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"trine {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_pretrain(commands)
+    data = _add(commands, "data", "prepare the data that runs read", "Prepare the data that runs read.", "")
+    _add_prepare(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    doctor = _add(commands, "doctor", "tell what this machine can do", _DOCTOR, _DOCTOR_EXAMPLES)
+    doctor.set_defaults(command=_doctor, parser=doctor)
+    return parser
+
+
+def _add_pretrain(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(commands, "pretrain", "train a model, or continue", _PRETRAIN, _PRETRAIN_EXAMPLES)
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the recipe of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values laid over the recipe, in order")
+    parser.add_argument(
+        "--nproc", type=int, metavar="N",
+        help="ranks to start here (default: one per GPU, or tensor x pipeline x context without GPUs)",
+    )  # fmt: skip
+    parser.set_defaults(command=_pretrain, parser=parser)
+
+
+def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(commands, "prepare", "turn text into token shards", _PREPARE, _PREPARE_EXAMPLES)
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="a folder, a text file, a .jsonl file with a field 'text', or 'stdlib': Python's own sources",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for them")
+    tokenizer = parser.add_mutually_exclusive_group(required=True)
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this tokenizer.json")
+    tokenizer.add_argument(
+        "--train-tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE of this many tokens"
+    )
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.02, metavar="F",
+        help="share of the documents that is held out for validation (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(command=_prepare, parser=parser)
+
+
+def _add(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, description: str, epilog: str
+) -> _Parser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    from .environment import find_place
+
+    overrides: list[str] = arguments.overrides
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"{override!r} is no override: write key.sub=value, such as train.steps=100")
+    words = [str(arguments.config), *overrides]
+    place = find_place()
+    if _is_rank(place):
+        if arguments.nproc is not None:
+            raise UsageError(
+                f"--nproc {arguments.nproc} has no effect under {place.source}, which starts the ranks: leave it out"
+            )
+        from .worker import main as run_rank
+
+        return run_rank(words)
+    return _launch(words, arguments.nproc)
+
+
+def _is_rank(place: Place) -> bool:
+    # srun with a single task, as for an interactive shell, has no others to meet: it may start ranks itself.
+    return place.source in ("torchrun", "mpi") or place.world_size > 1
+
+
+def _launch(words: Sequence[str], asked: int | None) -> int:
+    """Start the ranks, after everything that can be refused has been looked at."""
+    from ..configs.checks import check_config, check_layout
+    from ..configs.loading import load_config, set_vocabulary
+    from ..data_pipeline.manifest import load_manifest
+
+    recipe, *overrides = words
+    config = load_config(Path(recipe), overrides)
+    check_config(config)
+    config = set_vocabulary(config, load_manifest(config.data.directory).vocabulary_size)
+    processes = _processes(config, asked)
+    check_layout(config, processes)
+
+    from .local import launch_local
+
+    return launch_local(
+        words, processes, config.run.directory / "logs", checkpoint_directory=config.checkpoint_directory
+    )
+
+
+def _processes(config: Config, asked: int | None) -> int:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if asked is None:
+        return gpus or config.parallel.model_parallel
+    if asked < 1:
+        raise UsageError(f"--nproc {asked} starts no rank: use 1 or more")
+    if 0 < gpus < asked:
+        raise UsageError(f"--nproc {asked} needs as many GPUs and this machine has {gpus}: use {gpus} or fewer")
+    return asked
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from ..data_pipeline.prepare import prepare
+
+    manifest = prepare(
+        arguments.inputs,
+        arguments.output,
+        tokenizer=arguments.tokenizer,
+        train_tokenizer=arguments.train_tokenizer,
+        validation_fraction=arguments.validation_fraction,
+        progress=lambda sentence: print(f"trine: {sentence}", file=sys.stderr, flush=True),
+    )
+    splits = ", ".join(
+        f"{manifest.tokens(split):,} tokens of {manifest.documents(split):,} documents for {split}"
+        for split in manifest.splits
+    )
+    print(f"{arguments.output}: {splits}; vocabulary {manifest.vocabulary_size:,}")
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from .doctor import report, table, works
+
+    findings = report()
+    print(table(findings))
+    return 0 if works(findings) else 1

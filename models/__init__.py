@@ -1,0 +1,1 @@
+"""What is trained: mixers, blocks, the stack and the language model."""

@@ -1,0 +1,59 @@
+"""The part of differential attention V1 that its self- and cross-attention forms share: lambda and the head norm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.differential import differential_attention
+from ..kernels.norm import rms_norm
+from ..parallel.parameters import ONES, Law, replicated
+from ..parallel.regions import in_head_region
+from .site import Site
+
+SUB_NORM_EPS = 1e-5
+LAMBDA_LAW = Law("normal", 0.1)
+
+
+def lambda_init(layer: int) -> float:
+    """0.8 - 0.6 exp(-0.3 layer) for the global layer index from 0 (the paper counts from 1)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+class DifferentialHeads(nn.Module):
+    """(A1 - lambda A2) V per pair, RMSNorm over the pair's 2d values, times 1 - lambda_init (arXiv 2410.05258).
+
+    lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init, one for the layer. Its vectors and the norm's weight are
+    replicated over tensor ranks, each of which sees its own pairs only.
+    """
+
+    def __init__(self, head_dim: int, site: Site) -> None:
+        super().__init__()
+        self.groups = site.groups
+        self.lambda_init = lambda_init(site.layer)
+        self.lambda_q1 = _lambda_vector("lambda_q1", head_dim, site)
+        self.lambda_k1 = _lambda_vector("lambda_k1", head_dim, site)
+        self.lambda_q2 = _lambda_vector("lambda_q2", head_dim, site)
+        self.lambda_k2 = _lambda_vector("lambda_k2", head_dim, site)
+        self.sub_norm = replicated("sub_norm", (2 * head_dim,), ONES, site.device)
+
+    def current_lambda(self) -> Tensor:
+        """lambda of this layer, a scalar in fp32 (fp64 if the vectors are)."""
+        vectors = (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        q1, k1, q2, k2 = (in_head_region(v, self.groups) for v in vectors)
+        return torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + self.lambda_init
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, 2h, S, d), k (B, 2g, S, d), v (B, g, S, 2d), head 2i + s being map s of pair i -> (B, h, S, 2d)."""
+        o = differential_attention(q, k, v, self.current_lambda())
+        o = rms_norm(o, in_head_region(self.sub_norm, self.groups), SUB_NORM_EPS)
+        return o * (1.0 - self.lambda_init)
+
+
+def _lambda_vector(name: str, head_dim: int, site: Site) -> nn.Parameter:
+    vector = replicated(name, (head_dim,), LAMBDA_LAW, site.device)
+    # exp amplifies rounding, and the vectors are tiny: they stay in fp32 whatever the compute type.
+    vector.keep_fp32 = True  # type: ignore[attr-defined]
+    return vector

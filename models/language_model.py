@@ -1,0 +1,130 @@
+"""The language model, or this rank's pipeline stage of it."""
+
+from __future__ import annotations
+
+import re
+
+from megatron.core.enums import ModelType
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from ..configs.stack import carried_kv, expand
+from ..parallel.linear import Embedding, OutputLayer
+from ..parallel.parameters import Law, linear_default
+from ..parallel.pipeline import Stage, pack, unpack
+from .decoder import Decoder
+from .norm import RMSNorm
+from .site import Site
+
+
+class LanguageModel(MegatronModule):  # type: ignore[misc]
+    """Embedding (first stage), layers, final norm and output layer (last stage).
+
+    A stage in the middle takes the boundary tensor of the stage before it through ``set_input_tensor``, as
+    Megatron-Core's schedules expect, and returns the boundary tensor for the next.
+    """
+
+    def __init__(self, site: Site, stage: Stage, sequence_length: int, chunk: int | None = None) -> None:
+        super().__init__(config=site.engine)
+        model = site.model
+        width, rows = model.hidden_size, model.padded_vocabulary()
+        self.site, self.stage, self.sequence_length = site, stage, sequence_length
+        # Names that Megatron-Core's schedules and gradient finalisation look for.
+        self.vp_stage = chunk
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = stage.has_embedding, stage.has_output
+        self.share_embeddings_and_output_weights = model.tied_embeddings
+        normal = Law("normal", width**-0.5)
+        head = normal if model.head_init == "normal" else linear_default(width)
+        self.plans = expand(model.stack)
+        self.sends_kv = carried_kv(self.plans, stage.last) is not None
+        if stage.has_embedding:
+            self.embedding = Embedding(rows, width, normal, site.engine, site.groups)
+        self.decoder = Decoder(self.plans[stage.first : stage.last], site)
+        if stage.has_output:
+            self.final_norm = RMSNorm(site)
+            if model.tied_embeddings and not stage.has_embedding:
+                self.tied = Embedding(rows, width, normal, site.engine, site.groups)
+                self.tied.weight.shared = True
+            self.output = OutputLayer(rows, width, None if model.tied_embeddings else head, site.engine, site.groups)
+        self._input: Tensor | None = None
+        self._mark_tied()
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
+        """Receive the boundary tensor of the previous stage; called by the schedules."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: (B, S) token ids; read by the first stage alone.
+            labels: (B, S) ids to predict; read by the last stage alone.
+
+        Returns:
+            The boundary tensor (S_local, B, W) of a stage that is not the last; else the loss of every token
+            (B, S) in fp32, or the logits (S, B, vocabulary / tensor size) where no labels are given.
+        """
+        x, kv = self._enter(tokens)
+        x, kv = self.decoder(x, kv)
+        if not self.post_process:
+            return make_viewless_tensor(  # type: ignore[no-any-return]
+                pack(x, kv if self.sends_kv else None), requires_grad=True, keep_graph=True
+            )
+        logits: Tensor = self.output(self.final_norm(x), self.shared_embedding_or_output_weight())
+        if labels is None:
+            return logits
+        loss: Tensor = vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
+        return loss.transpose(0, 1).contiguous()
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight held here, whose gradients Megatron-Core sums over the first and last stage."""
+        if not self.share_embeddings_and_output_weights:
+            return None
+        if self.pre_process:
+            return self.embedding.weight  # type: ignore[no-any-return]
+        return self.tied.weight if self.post_process else None
+
+    def flops_per_token(self) -> float:
+        """Forward operations of this stage's matrix products per token, over all tensor ranks."""
+        flops = self.decoder.flops_per_token(self.sequence_length)
+        if self.post_process:
+            flops += 2.0 * self.site.model.hidden_size * self.site.model.padded_vocabulary()
+        return flops
+
+    def _mark_tied(self) -> None:
+        """Tell Megatron-Core of a weight that two stages hold, the last one as a copy (``shared``).
+
+        Both need ``shared_embedding``: it gives the weight a gradient bucket of its own, without which the two
+        stages' data-parallel shards of it would not be the same elements.
+        """
+        weight = self.shared_embedding_or_output_weight()
+        if weight is not None:
+            weight.shared_embedding = True  # type: ignore[attr-defined]
+
+    def global_name(self, name: str) -> str:
+        """The name in the whole model of a parameter of this stage."""
+        name = re.sub(r"^decoder\.layers\.(\d+)\.", self._global_layer, name)
+        return name.removeprefix("decoder.").replace("tied.weight", "embedding.weight")
+
+    def lambdas(self) -> dict[int, float]:
+        """lambda of every differential layer of this stage, by global layer index."""
+        found: dict[int, float] = {}
+        for block in self.decoder.blocks():
+            heads = getattr(block.mixer, "differential", None)
+            if heads is not None:
+                found[block.index] = heads.current_lambda().item()
+        return found
+
+    def _global_layer(self, match: re.Match[str]) -> str:
+        return f"layers.{int(match[1]) + self.stage.first}."
+
+    def _enter(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.pre_process:
+            x: Tensor = self.embedding(tokens)
+            return (x * x.shape[-1] ** 0.5 if self.site.model.embedding_scale else x), None
+        if self._input is None:
+            raise RuntimeError("a pipeline stage ran before it received its input")
+        return unpack(self._input, self.site.model.hidden_size, self.sequence_length)

@@ -1,0 +1,1 @@
+"""Token mixers, one class in one file each."""

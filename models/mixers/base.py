@@ -1,0 +1,66 @@
+"""What every mixer is: a module from normed hidden states to a residual update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+from ...configs.stack import MixerSegment, SharedKV
+from ...parallel.linear import ColumnLinear, RowLinear
+from ...parallel.parameters import Law, Section
+from ..site import Site
+
+SegmentT = TypeVar("SegmentT", bound=MixerSegment)
+
+RETENTION_GAIN = 2**-2.5
+"""Gain of the xavier-uniform law of retention's input projections (torchscale and YOCO)."""
+
+
+class Mixer(nn.Module, ABC, Generic[SegmentT]):
+    """Base of the mixers. ``heads`` counts this rank's heads; ``width`` is that of one query/key head."""
+
+    def __init__(self, segment: SegmentT, site: Site, shared_kv: SharedKV | None) -> None:
+        super().__init__()
+        self.segment, self.site, self.shared_kv = segment, site, shared_kv
+        self.heads = segment.heads // site.tensor_size
+        self.width = segment.width(site.model.hidden_size)
+
+    @abstractmethod
+    def forward(self, x: Tensor, kv: Tensor | None) -> Tensor:
+        """Mix x (S_local, B, D); ``kv`` is the shared K,V (S, B, W) in force, or None. Returns (S_local, B, D)."""
+
+    @abstractmethod
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward floating-point operations of the whole mixer (all ranks) per token, projections included.
+
+        Causal attention is counted over the mean number of keys, (S + 1) / 2.
+        """
+
+    def project_in(self, rows: dict[str, int], law: Law) -> ColumnLinear:
+        """One column-parallel product for several projections, all drawn from ``law``."""
+        return self.project_in_sections(
+            [Section(name, (n, self.site.model.hidden_size), law) for name, n in rows.items()]
+        )
+
+    def project_in_sections(self, sections: Sequence[Section]) -> ColumnLinear:
+        """One column-parallel product whose projections have laws of their own."""
+        return ColumnLinear(self.site.model.hidden_size, sections, self.site.engine, self.site.groups)
+
+    def project_out(self, columns: int, law: Law) -> RowLinear:
+        """The row-parallel product back to the hidden width."""
+        return RowLinear(columns, self.site.model.hidden_size, law, self.site.engine, self.site.groups)
+
+    def projection_flops(self, elements_per_hidden: int) -> float:
+        """Operations per token of projections with this many rows and columns in total."""
+        return 2.0 * self.site.model.hidden_size * elements_per_hidden
+
+
+def mean_keys(sequence_length: int, window: int | None = None) -> float:
+    """Mean number of keys that a query sees under a causal mask, within a window if there is one."""
+    if window is None or window >= sequence_length:
+        return (sequence_length + 1) / 2
+    ramp = window * (window + 1) / 2
+    return (ramp + (sequence_length - window) * window) / sequence_length

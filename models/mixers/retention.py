@@ -1,0 +1,62 @@
+"""Multi-scale retention, RetNet's mixer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...configs.stack import RetentionSegment, SharedKV
+from ...kernels.norm import rms_norm
+from ...kernels.retention import fixed_decay_log, retention
+from ...parallel.parameters import Section, xavier_uniform
+from ..heads import merge_heads, rotate, split_heads
+from ..site import Site
+from .base import RETENTION_GAIN, Mixer
+
+CHUNK = 128
+
+
+class Retention(Mixer[RetentionSegment]):
+    """o_n = sum_{m<=n} gamma^(n-m) (q_n . k_m) v_m, RMSNorm per head, times silu(x W_g) (arXiv 2307.08621).
+
+    Scores are not normalised: the head norm removes any factor per token and head, up to its eps. gamma depends on
+    the *global* head index.
+    """
+
+    def __init__(self, segment: RetentionSegment, site: Site, shared_kv: SharedKV | None) -> None:
+        super().__init__(segment, site, shared_kv)
+        hidden = site.model.hidden_size
+        self.value_width = segment.value_head_dim or self.width
+        keys, values = segment.heads * self.width, segment.heads * self.value_width
+        rows = {"query": keys, "key": keys, "value": values, "gate": values}
+        self.input = self.project_in_sections(
+            [Section(name, (n, hidden), xavier_uniform(hidden, n, RETENTION_GAIN)) for name, n in rows.items()]
+        )
+        self.output = self.project_out(values, xavier_uniform(values, hidden, 2**-1.0))
+
+    def forward(self, x: Tensor, kv: Tensor | None) -> Tensor:
+        q, k, v, gate = self.input(x)
+        q = rotate(split_heads(q, self.heads), self.segment.rope)
+        k = rotate(split_heads(k, self.heads), self.segment.rope) * self.width**-0.5
+        o, _ = retention(q, k, split_heads(v, self.heads), self._log_decay(q), chunk_size=CHUNK)
+        o = merge_heads(rms_norm(o, None, self.segment.norm_eps))
+        out: Tensor = self.output(F.silu(gate) * o)
+        return out
+
+    def _log_decay(self, like: Tensor) -> Tensor:
+        first = self.site.tensor_rank * self.heads
+        decay = fixed_decay_log(
+            self.heads, first=first, total=self.segment.heads, schedule=self.segment.decay
+        )
+        return decay.to(like.device)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        heads, keys, values = self.segment.heads, self.width, self.value_width
+        chunk = min(CHUNK, sequence_length)
+        projections = self.projection_flops(heads * (2 * keys + 3 * values))
+        return projections + heads * (2 * mean_chunk(chunk) * (keys + values) + 4 * keys * values)
+
+
+def mean_chunk(chunk: int) -> float:
+    """Mean number of keys a query meets within its own chunk."""
+    return (chunk + 1) / 2

@@ -1,0 +1,162 @@
+"""Checkpoints on disk: written whole or not at all, and trusted only after their checksums agree.
+
+    checkpoints/step-00000100/
+        __0_0.distcp ... .metadata common.pt metadata.json     Megatron-Core's sharded tensors
+        state.json                                             step, samples, scheduler, data cursor
+        manifest.json                                          size and SHA-256 of every other file
+
+A checkpoint is written under ``step-00000100.writing`` and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from ..configs.errors import RunError
+from .engine import Engine
+from .shards import load_parameters, sharded_state
+
+FORMAT = 1
+_STATE, _MANIFEST, _WRITING = "state.json", "manifest.json", ".writing"
+_COMPLETE = re.compile(r"step-(\d{8,})")
+
+
+def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int) -> Path:
+    """Write checkpoint ``step`` and forget all but the ``keep`` newest. Every rank must call it.
+
+    Args:
+        state: the caller's own state, JSON.
+
+    Raises:
+        RunError: the checkpoint could not be written; what was there before stays as it was.
+    """
+    final = root / f"step-{step:08d}"
+    writing = final.with_name(final.name + _WRITING)
+    _on_first_rank(lambda: _make_empty(writing))
+    sharded = sharded_state(engine, is_loading=False)
+    dist_checkpointing.save(sharded, str(writing))
+    whole = {"format": FORMAT, "step": step, "scheduler": engine.scheduler.state_dict(), "run": state}
+    _on_first_rank(lambda: _commit(writing, final, whole))
+    _on_first_rank(lambda: _prune(root, keep))
+    return final
+
+
+def load(path: Path, engine: Engine) -> dict[str, Any]:
+    """Load checkpoint ``path`` into the engine and return the caller's state. Every rank must call it.
+
+    Raises:
+        RunError: a file is missing or damaged, or the checkpoint is of another format or another model.
+    """
+    _on_first_rank(lambda: verify(path))
+    whole = json.loads((path / _STATE).read_text())
+    sharded = sharded_state(engine, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(sharded, str(path))
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise RunError(f"checkpoint {path} does not hold this model: {_first_line(error)}") from error
+    load_parameters(engine, loaded["model"])
+    engine.optimizer.load_state_dict(loaded["optimizer"])
+    engine.restore_schedule(whole["scheduler"])
+    state: dict[str, Any] = whole["run"]
+    return state
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The caller's state of a checkpoint, without its tensors."""
+    state: dict[str, Any] = json.loads((path / _STATE).read_text())["run"]
+    return state
+
+
+def newest(root: Path) -> Path | None:
+    """The complete checkpoint with the highest step, if there is one."""
+    return max(_complete(root), default=None)
+
+
+def verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its manifest.
+
+    Raises:
+        RunError: naming the first file that is missing or differs, and what to do.
+    """
+    remedy = f"remove {path} to continue from the checkpoint before it"
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"checkpoint {path} has no readable {_MANIFEST} ({error}); {remedy}") from error
+    if manifest["format"] != FORMAT:
+        raise RunError(f"checkpoint {path} has format {manifest['format']}; this version reads format {FORMAT}")
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.exists():
+            raise RunError(f"checkpoint {path} is damaged: {name} is missing; {remedy}")
+        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise RunError(f"checkpoint {path} is damaged: {name} differs from what was written; {remedy}")
+
+
+def _complete(root: Path) -> Iterator[Path]:
+    if root.is_dir():
+        yield from sorted(entry for entry in root.iterdir() if _COMPLETE.fullmatch(entry.name))
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _commit(writing: Path, final: Path, state: dict[str, Any]) -> None:
+    (writing / _STATE).write_text(json.dumps(state, indent=1))
+    files = sorted(p for p in writing.rglob("*") if p.is_file())
+    entries = {
+        str(p.relative_to(writing)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
+    }
+    (writing / _MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
+    for path in [*files, writing / _MANIFEST, writing]:
+        _sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    writing.rename(final)
+    _sync(final.parent)
+
+
+def _prune(root: Path, keep: int) -> None:
+    for old in list(_complete(root))[:-keep]:
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _on_first_rank(action: Any) -> None:
+    """Run ``action`` on rank 0 and let every rank share its outcome, so that none waits for one that failed."""
+    outcome: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (OSError, RunError) as error:
+            outcome[0] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise RunError(outcome[0])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,198 @@
+"""One training step on Megatron-Core: schedule, gradient reduction, distributed optimizer, learning rate."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from ..configs.schema import Config
+from ..configs.stack import expand
+from .engine_config import DTYPES
+from .pipeline import KVCarryCommunicator
+from .topology import Topology, from_last_stage, sum_over_data
+
+Microbatches = Iterator[tuple[Tensor, Tensor]]
+"""(tokens, labels), each (micro_batch_size, sequence_length) int64, one pair per microbatch of a step."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave, equal on every rank."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    """The rate that this step used."""
+    updated: bool
+    """False where the optimizer refused the gradients (not finite) and left the parameters alone."""
+
+
+class Engine:
+    """The model chunks of this rank with everything that trains them.
+
+    Args:
+        chunks: this rank's pipeline chunks, uninitialised or initialised, in fp32 on the rank's device.
+        config: the run. ``train.micro_batch_size`` and ``sequence_length`` fix the boundary tensors.
+    """
+
+    def __init__(self, chunks: list[Any], config: Config, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        self.engine_config = chunks[0].config
+        self.chunks = chunks
+        _cast(chunks, DTYPES[config.precision.compute])
+        self.parallel_chunks = _wrap(chunks, topology)
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.parallel_chunks)
+        self.scheduler = _scheduler(config, self.optimizer)
+        self.engine_config.grad_scale_func = self.optimizer.scale_loss
+        self.engine_config.finalize_model_grads_func = finalize_model_grads
+
+    def train_step(self, microbatches: Microbatches) -> StepResult:
+        """Run the step's microbatches forward and backward and update the parameters."""
+        loss = self.compute_gradients(microbatches)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        updated, grad_norm, _ = self.optimizer.step()
+        if updated:
+            self.scheduler.step(increment=self.config.train.global_batch_size)
+        return StepResult(loss, float(grad_norm), float(learning_rate), bool(updated))
+
+    def restore_schedule(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint's schedule stood, under the rates and betas of *this* configuration.
+
+        Megatron-Core's optimizer takes its groups' settings from the checkpoint, which would silently win over a
+        changed configuration.
+        """
+        o = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group.update(max_lr=o.learning_rate, min_lr=o.minimum_learning_rate, betas=o.betas, eps=o.eps)
+        self.scheduler.load_state_dict(state)
+
+    def compute_gradients(self, microbatches: Microbatches) -> float:
+        """Forward and backward alone: leaves the reduced gradients in each parameter's ``main_grad``."""
+        for chunk in self.parallel_chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run(microbatches, self.topology.layout.num_microbatches, forward_only=False)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Microbatches, num_microbatches: int) -> float:
+        """Mean loss over ``num_microbatches`` per data-parallel rank, without gradients."""
+        for chunk in self.parallel_chunks:
+            chunk.eval()
+        return self._run(microbatches, num_microbatches, forward_only=True)
+
+    def _run(self, microbatches: Microbatches, num_microbatches: int, forward_only: bool) -> float:
+        train, layout = self.config.train, self.topology.layout
+        iterators = list(itertools.tee(microbatches, len(self.parallel_chunks)))
+        arguments: dict[str, Any] = dict(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.parallel_chunks if len(iterators) > 1 else self.parallel_chunks[0],
+            num_microbatches=num_microbatches,
+            seq_length=train.sequence_length,
+            micro_batch_size=train.micro_batch_size,
+            forward_only=forward_only,
+        )
+        communicator = None
+        if layout.pipeline > 1:
+            communicator = self._communicator(num_microbatches, forward_only)
+            arguments |= dict(p2p_communicator=communicator, pg_collection=self.topology.groups)
+        reports = get_forward_backward_func()(**arguments)
+        if communicator is not None:
+            communicator.check_finished()
+        return self._mean_loss(reports)
+
+    def _communicator(self, num_microbatches: int, forward_only: bool) -> KVCarryCommunicator:
+        train, engine = self.config.train, self.engine_config
+        rows = train.sequence_length // engine.context_parallel_size
+        return KVCarryCommunicator(
+            expand(self.config.model.stack), engine, self.topology.groups,
+            rows=rows // engine.tensor_model_parallel_size if engine.sequence_parallel else rows,
+            micro_batch_size=train.micro_batch_size,
+            num_microbatches=num_microbatches,
+            forward_only=forward_only,
+        )  # fmt: skip
+
+    def _mean_loss(self, reports: list[dict[str, Tensor]]) -> float:
+        """Average over microbatches and data-parallel ranks, told to every pipeline stage."""
+        loss = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+        if self.topology.is_last_stage:
+            losses = torch.stack([report["loss"] for report in reports]).double()
+            loss = sum_over_data(torch.stack([losses.sum(), losses.new_tensor(float(len(reports)))]), self.topology)
+        total, count = from_last_stage(loss, self.topology)
+        return float(total / count)
+
+
+def _forward_step(microbatches: Microbatches, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Megatron-Core's callback for one microbatch on one stage."""
+    tokens, labels = next(microbatches)
+    return model(tokens, labels), _loss
+
+
+def _loss(per_token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = per_token.mean()
+    # The schedule scales the loss in place, so the report needs storage of its own.
+    return loss, {"loss": loss.detach().clone()}
+
+
+def _cast(chunks: list[Any], dtype: torch.dtype) -> None:
+    for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
+        if not getattr(parameter, "keep_fp32", False):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _wrap(chunks: list[Any], topology: Topology) -> list[Any]:
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    wrap = functools.partial(DistributedDataParallel, config=chunks[0].config, ddp_config=options)
+    return [wrap(module=chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    o = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=o.learning_rate,
+        min_lr=o.minimum_learning_rate,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.betas[0],
+        adam_beta2=o.betas[1],
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        params_dtype=DTYPES[config.precision.compute],
+        bf16=config.precision.compute == "bf16",
+        use_distributed_optimizer=True,
+    )
+
+
+def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+    """Megatron-Core's schedule, counted in samples so that it does not depend on the batch size."""
+    o, batch = config.optimizer, config.train.global_batch_size
+    decay = o.decay_steps or config.train.steps
+    wsd = o.wsd_decay_steps or max(1, decay // 10)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.learning_rate,
+        min_lr=o.minimum_learning_rate,
+        lr_warmup_steps=o.warmup_steps * batch,
+        lr_decay_steps=decay * batch,
+        lr_decay_style="WSD" if o.schedule == "wsd" else o.schedule,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=1,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=wsd * batch,
+        lr_wsd_decay_style="linear",
+    )

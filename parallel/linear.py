@@ -1,0 +1,101 @@
+"""Sharded linear maps and the embedding: Megatron-Core's, with blueprints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from .parameters import Blueprint, Law, Section, tag
+
+
+def _no_init(weight: Tensor) -> Tensor:
+    """Megatron-Core's hook for first values, unused: ``parameters.initialise`` gives them by global name."""
+    return weight
+
+
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """y = x W^T with the rows of W cut over tensor ranks; several projections of one input in one product.
+
+    Args:
+        input_size: width of x.
+        sections: the projections in order, each with full shape (rows, input_size); rows divide by the tensor size.
+    """
+
+    def __init__(
+        self, input_size: int, sections: Sequence[Section], config: TransformerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        rows = sum(section.shape[0] for section in sections)
+        super().__init__(
+            input_size, rows, config=config, init_method=_no_init, bias=False, skip_bias_add=False,
+            gather_output=False, is_expert=False, tp_group=groups.tp,
+        )  # fmt: skip
+        blueprint = Blueprint(tuple(sections), partition=0)
+        tag(self.weight, blueprint)
+        self.local_rows = blueprint.local_rows(groups.tp.size())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (S_local, B, input_size) -> one (S, B, rows / tensor size) tensor per section."""
+        y, _ = super().forward(x)
+        return torch.split(y, self.local_rows, dim=-1)
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """y = x W^T with the columns of W cut over tensor ranks; the sum over ranks is part of it."""
+
+    def __init__(
+        self, input_size: int, output_size: int, law: Law, config: TransformerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(
+            input_size, output_size, config=config, init_method=_no_init, bias=False, input_is_parallel=True,
+            skip_bias_add=False, is_expert=False, tp_group=groups.tp,
+        )  # fmt: skip
+        tag(self.weight, Blueprint((Section("weight", (output_size, input_size), law),), partition=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (S, B, input_size / tensor size) -> (S_local, B, output_size)."""
+        y: Tensor
+        y, _ = super().forward(x)
+        return y
+
+
+class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """Token embedding with its rows cut over tensor ranks; under sequence parallelism each rank gets its tokens."""
+
+    def __init__(
+        self, rows: int, width: int, law: Law, config: TransformerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(
+            rows, width, init_method=_no_init, reduce_scatter_embeddings=config.sequence_parallel, config=config,
+            tp_group=groups.tp,
+        )  # fmt: skip
+        tag(self.weight, Blueprint((Section("weight", (rows, width), law),), partition=0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, S) -> (S_local, B, width)."""
+        out: Tensor = super().forward(tokens)
+        return out if self.reduce_scatter_embeddings else out.transpose(0, 1).contiguous()
+
+
+class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
+    """Vocabulary logits, cut over tensor ranks; owns no weight where it borrows the embedding's."""
+
+    def __init__(
+        self, rows: int, width: int, law: Law | None, config: TransformerConfig, groups: ProcessGroupCollection
+    ) -> None:
+        super().__init__(
+            width, rows, config=config, init_method=_no_init, bias=False, skip_bias_add=False, gather_output=False,
+            skip_weight_param_allocation=law is None, tp_group=groups.tp,
+        )  # fmt: skip
+        if law is not None:
+            tag(self.weight, Blueprint((Section("weight", (rows, width), law),), partition=0))
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """x (S_local, B, width) -> logits (S, B, rows / tensor size)."""
+        logits: Tensor
+        logits, _ = super().forward(x, weight=weight)
+        return logits

@@ -1,0 +1,95 @@
+"""The model and its optimizer as global tensors: what Megatron-Core's sharded checkpoints are made of.
+
+Every section of every parameter is one global tensor under its global name, so a checkpoint says nothing of the
+layout that wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+from .engine import Engine
+from .parameters import Blueprint, blueprint_of, global_names, section_name
+
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
+    """Model and optimizer as a tree of Megatron-Core's sharded tensors.
+
+    With ``is_loading`` the optimizer's part describes where loaded state goes and holds no state of its own.
+    """
+    model = sharded_parameters(engine)
+    optimizer = engine.optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)
+    return {"model": model, "optimizer": optimizer}
+
+
+def sharded_parameters(engine: Engine) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """The parameters of this rank's chunks by global name."""
+    return {
+        _entry(prefix, parameter): _shard(prefix, parameter, engine)
+        for chunk in engine.chunks
+        for prefix, parameter in global_names(chunk, chunk.global_name)
+    }
+
+
+@torch.no_grad()
+def load_parameters(engine: Engine, loaded: dict[str, Tensor]) -> None:
+    """Copy what a checkpoint gave for ``sharded_parameters`` into the model."""
+    for chunk in engine.chunks:
+        for prefix, parameter in global_names(chunk, chunk.global_name):
+            parameter.copy_(loaded[_entry(prefix, parameter)])
+
+
+def _entry(prefix: str, parameter: nn.Parameter) -> str:
+    """A key for this parameter within the rank; the tied copy of the embedding has the embedding's."""
+    return "+".join(section_name(prefix, section) for section in blueprint_of(parameter).sections)
+
+
+def _shard(prefix: str, parameter: nn.Parameter, engine: Engine) -> ShardedTensor | ShardedTensorFactory:
+    blueprint = blueprint_of(parameter)
+    topology = engine.topology
+    tied_copy = int(getattr(parameter, "shared", False))
+    tensor_replica = topology.tensor_rank if blueprint.partition is None else 0
+    replica = (tied_copy, tensor_replica, topology.groups.dp_cp.rank())
+    offsets = () if blueprint.partition is None else (
+        (blueprint.partition, topology.tensor_rank, topology.layout.tensor),
+    )  # fmt: skip
+    if len(blueprint.sections) == 1:
+        name = section_name(prefix, blueprint.sections[0])
+        return ShardedTensor.from_rank_offsets(name, parameter, *offsets, replica_id=replica)
+    return _fused(prefix, parameter, blueprint, offsets, replica, topology.layout.tensor)
+
+
+def _fused(
+    prefix: str,
+    parameter: nn.Parameter,
+    blueprint: Blueprint,
+    offsets: tuple[tuple[int, int, int], ...],
+    replica: tuple[int, int, int],
+    tensor_size: int,
+) -> ShardedTensorFactory:
+    """Several projections in one parameter: taken apart when written, joined when read."""
+    rows = blueprint.local_rows(tensor_size)
+    names = [section.name for section in blueprint.sections]
+
+    @torch.no_grad()
+    def build(key: str, tensor: Tensor, replica_id: Any, _: slice | None) -> dict[str, ShardedTensor]:
+        parts = zip(names, torch.split(tensor, rows), strict=True)
+        return {
+            name: ShardedTensor.from_rank_offsets(f"{key}.{name}", part, *offsets, replica_id=replica_id)
+            for name, part in parts
+        }
+
+    def merge(parts: dict[str, Tensor]) -> Tensor:
+        return torch.cat([parts[name] for name in names])
+
+    return ShardedTensorFactory(prefix, parameter, build, merge, replica)

@@ -1,0 +1,1 @@
+"""What a run does: the training loop, evaluation, saving and monitoring."""

@@ -1,0 +1,87 @@
+"""The start-up banner: what was chosen, and why."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..configs.schema import Config
+from ..configs.stack import SharedKVSegment
+from ..kernels.dispatch import explain
+from ..parallel.topology import Topology
+from .place import Place
+
+
+def banner(config: Config, topology: Topology, place: Place, parameters: list[int], resumed_from: Path | None) -> str:
+    """The banner's text.
+
+    Args:
+        parameters: elements held by each pipeline stage of one tensor rank.
+    """
+    start = f"resuming from {resumed_from}" if resumed_from else "from the first step"
+    rows = {
+        "engine": f"torch {torch.__version__}, megatron-core {version('megatron-core')}, python processes by {place.source}",
+        "device": _device(topology.device),
+        "model": f"{_stack(config)}; hidden {config.model.hidden_size}, vocabulary {config.model.vocabulary_size}",
+        "layout": _layout(topology, config),
+        "parameters": f"{sum(parameters):,} per tensor rank (stages: {', '.join(f'{n:,}' for n in parameters)})",
+        "kernels": explain(),
+        "precision": f"{config.precision.compute} compute, fp32 gradients, master weights and optimizer state",
+        "optimizer": _optimizer(config),
+        "batch": _batch(config, topology),
+        "run": f"{config.run.directory}, {start}",
+    }
+    lines = [f"trine {__version__}"] + [f"  {name:<11}{text}" for name, text in rows.items()]
+    return "\n".join(lines)
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} with NCCL"
+    threads = torch.get_num_threads()
+    return f"CPU with gloo, {threads} thread{'s' if threads > 1 else ''} per rank: no CUDA device was found"
+
+
+def _stack(config: Config) -> str:
+    parts = []
+    for segment in config.model.stack:
+        if isinstance(segment, SharedKVSegment):
+            kv = segment.shared_kv
+            parts.append(f"[shared K,V {kv.kv_heads} x {kv.head_dim}]")
+        else:
+            parts.append(f"{segment.layers} {segment.mixer}")
+    return " + ".join(parts)
+
+
+def _layout(topology: Topology, config: Config) -> str:
+    layout = topology.layout
+    sizes = {
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "virtual pipeline": layout.virtual_pipeline,
+        "context": layout.context,
+        "data": layout.data,
+    }
+    text = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no parallelism"
+    sequence = " with sequence parallelism" if config.parallel.sequence else ""
+    return f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}: {text}{sequence}"
+
+
+def _optimizer(config: Config) -> str:
+    o = config.optimizer
+    return (
+        f"AdamW (distributed), lr {o.learning_rate:g} {o.schedule}, {o.warmup_steps} warm-up steps, betas {o.betas[0]:g}"
+        f" {o.betas[1]:g}, weight decay {o.weight_decay:g}, clip {o.clip_grad:g}"
+    )
+
+
+def _batch(config: Config, topology: Topology) -> str:
+    train = config.train
+    return (
+        f"{train.global_batch_size} x {train.sequence_length} tokens a step, "
+        f"{topology.layout.num_microbatches} microbatches of {train.micro_batch_size} per data rank, "
+        f"{train.steps} steps"
+    )

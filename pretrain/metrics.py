@@ -1,0 +1,128 @@
+"""What a run records: one JSON object per step and per evaluation, and the same in TensorBoard.
+
+Tag names that Megatron-LM has are kept, so that its dashboards work.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_STEP_TAGS = {
+    "loss": "lm loss",
+    "lr": "learning-rate",
+    "grad_norm": "grad-norm",
+    "step_time_s": "iteration-time",
+    "tokens": "train/tokens_seen",
+    "tokens_per_s": "perf/tokens_per_sec",
+    "tflops_per_rank": "throughput",
+}
+_VERSUS_SAMPLES = ("lm loss", "learning-rate", "grad-norm")
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One training step; field names are those of ``metrics.jsonl``."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    """Mean negative log-likelihood per token of the step's global batch, in nats."""
+    grad_norm: float
+    lr: float
+    tokens: int
+    """Tokens trained on since the start of the run."""
+    consumed_samples: int
+    step_time_s: float
+    tokens_per_s: float
+    tflops_per_rank: float
+    """Model operations (forward and backward, recomputation not counted) per second and rank, in 1e12."""
+
+
+class Metrics:
+    """Writes ``metrics.jsonl`` and TensorBoard events. Only one rank of a run holds one."""
+
+    def __init__(self, directory: Path, resolved_config: str, first_step: int) -> None:
+        """Continue after ``first_step`` steps: what an interrupted run recorded beyond is forgotten."""
+        self._path = directory / "metrics.jsonl"
+        _forget_after(self._path, first_step)
+        self._file = self._path.open("a", buffering=1)
+        self._board = _Board(directory / "tensorboard", first_step)
+        self._board.write(lambda w: w.add_text("config", f"```yaml\n{resolved_config}\n```", first_step))
+
+    def step(self, metrics: StepMetrics, global_batch_size: int) -> None:
+        """Record a training step."""
+        values = asdict(metrics)
+        self._file.write(json.dumps(values) + "\n")
+        tags = {tag: values[name] for name, tag in _STEP_TAGS.items()} | {"batch-size": global_batch_size}
+        self._scalars(tags, metrics.step)
+        versus = {f"{tag} vs samples": tags[tag] for tag in _VERSUS_SAMPLES}
+        self._scalars(versus, metrics.consumed_samples)
+
+    def evaluation(self, step: int, consumed_samples: int, loss: float) -> None:
+        """Record a validation loss."""
+        values = {"step": step, "consumed_samples": consumed_samples, "validation_loss": loss}
+        self._file.write(json.dumps(values) + "\n")
+        tags = {"lm loss validation": loss, "lm loss validation ppl": math.exp(min(20.0, loss))}
+        self._scalars(tags, step)
+
+    def lambdas(self, step: int, values: Mapping[int, float]) -> None:
+        """Record lambda of every differential layer, by global layer index."""
+        self._scalars({f"diff/lambda/layer_{layer:02d}": value for layer, value in values.items()}, step)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._board.write(lambda w: w.close())
+
+    def _scalars(self, tags: Mapping[str, float], position: int) -> None:
+        self._board.write(lambda w: [w.add_scalar(tag, value, position) for tag, value in tags.items()])
+
+
+class _Board:
+    """A TensorBoard writer whose failure is reported once and never ends a run."""
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+        except (OSError, ImportError) as error:
+            self._give_up(error)
+
+    def write(self, action: Callable[[Any], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            action(self._writer)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("TensorBoard is off for the rest of this run: %s", error)
+        self._writer = None
+
+
+def _forget_after(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after ``last_step``, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(line + "\n" for line in kept))
+    part.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

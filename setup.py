@@ -1,0 +1,58 @@
+"""Packaging: the repository root is the package ``trine``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+ROOMS = ("configs", "kernels", "data_pipeline", "parallel", "models", "models/mixers", "pretrain", "launch")
+
+BASE = [
+    "torch>=2.11,<2.14",
+    "megatron-core>=0.16.1,<0.17",
+    "numpy",
+    "psutil",  # Megatron-Core's checkpoint writer needs it and does not declare it
+    "pydantic>=2.7,<3",
+    "pyyaml>=6",
+    "tensorboard>=2.16",
+    "tokenizers>=0.20",
+    "tqdm>=4.60",
+]
+CUDA = ["transformer-engine[pytorch,core_cu13]>=2.9"]
+EXTRAS = {
+    "cuda": CUDA,  # pip install --no-build-isolation 'trine[cuda]', after torch
+    "fp8": CUDA,
+    "deepspeed": ["deepspeed>=0.19"],
+    "mpi": ["mpi4py>=4"],
+    "fla": ["flash-linear-attention>=0.6"],
+    "dev": ["hypothesis>=6", "mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "types-PyYAML", "webdataset>=1.0.2,<2"],
+}
+
+
+def version() -> str:
+    """The version named in ``__init__.py``."""
+    found = re.search(r'^__version__ = "(.+)"$', (ROOT / "__init__.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError("__init__.py names no __version__")
+    return found[1]
+
+
+setup(
+    name="trine",
+    version=version(),
+    description="Distributed pretraining of Differential Transformer, RetNet and YOCO language models",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"trine": "."},
+    packages=["trine", *(f"trine.{room.replace('/', '.')}" for room in ROOMS)],
+    package_data={"trine.configs": ["*.yaml", "*/*.yaml"]},
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["trine=trine.launch.cli:main"]},
+)

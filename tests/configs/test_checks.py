@@ -1,0 +1,322 @@
+"""Numbers that do not fit together are refused in one sentence that says what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from trine.configs.checks import Layout, check_config, check_layout
+from trine.configs.errors import UsageError
+from trine.configs.schema import Config
+
+Load = Callable[..., Config]
+
+DIFFERENTIAL_CROSS = "model.stack.2={mixer: differential_cross_attention, layers: 2, heads: 4}"
+ATTENTION = "model.stack=[{mixer: attention, layers: 4, heads: 4}]"
+DIFFERENTIAL = "model.stack=[{mixer: differential, layers: 4, heads: 4}]"
+TWO_SHARED = (
+    "model.stack=[{shared_kv: {kv_heads: 2, head_dim: 8}}, {shared_kv: {kv_heads: 2, head_dim: 8}}, "
+    + ("{mixer: cross_attention, layers: 2, heads: 4}]")
+)
+ONLY_SHARED = "model.stack=[{shared_kv: {kv_heads: 2, head_dim: 8}}]"
+
+MISTAKES: list[tuple[list[str], str]] = [
+    # the order of the stack
+    (
+        ["model.stack=[{mixer: cross_attention, layers: 1, heads: 4}]"],
+        (
+            "model.stack.0 is cross_attention, which reads a shared_kv, and none comes before it: "
+            "put a shared_kv segment there"
+        ),
+    ),
+    (
+        ["model.stack.2.mixer=attention"],
+        (
+            "model.stack.1.shared_kv is read by no layer: put cross_attention or differential_cross_attention after it, "
+            "or remove it"
+        ),
+    ),
+    (
+        [TWO_SHARED],
+        (
+            "model.stack.0.shared_kv is read by no layer: put cross_attention or differential_cross_attention after it, "
+            "or remove it"
+        ),
+    ),
+    ([ONLY_SHARED], "model.stack has no layers: give it at least one segment with a mixer"),
+    # heads and widths
+    (
+        ["model.stack.0.heads=6"],
+        (
+            "model.hidden_size=64 cannot be divided into model.stack.0.heads=6 heads of one even width: "
+            "set model.stack.0.head_dim, or model.stack.0.heads to one of 1, 2, 4, 8"
+        ),
+    ),
+    (
+        ["model.stack.0.heads=64"],
+        (
+            "model.hidden_size=64 cannot be divided into model.stack.0.heads=64 heads of one even width: "
+            "set model.stack.0.head_dim, or model.stack.0.heads to one of 4, 8, 16, 32"
+        ),
+    ),
+    (
+        [DIFFERENTIAL, "model.stack.0.heads=32"],
+        (
+            "model.hidden_size=64 cannot be divided into model.stack.0.heads=32 pairs of heads of one even width: "
+            "set model.stack.0.head_dim, or model.stack.0.heads to one of 2, 4, 8, 16"
+        ),
+    ),
+    (
+        ["model.hidden_size=65", "model.stack.0.heads=5"],
+        (
+            "model.hidden_size=65 cannot be divided into model.stack.0.heads=5 heads of one even width: "
+            "set model.stack.0.head_dim"
+        ),
+    ),
+    (
+        ["model.stack.0.head_dim=15"],
+        "model.stack.0.head_dim=15 is odd, and rotary position embedding turns pairs of dimensions: use 14 or 16",
+    ),
+    (
+        ["model.stack.1.shared_kv.head_dim=1"],
+        "model.stack.1.shared_kv.head_dim=1 is odd, and rotary position embedding turns pairs of dimensions: use 2",
+    ),
+    (
+        [ATTENTION, "model.stack.0.heads=8", "model.stack.0.kv_heads=3"],
+        "model.stack.0.kv_heads=3 does not divide model.stack.0.heads=8: use one of 1, 2, 4, 8",
+    ),
+    (
+        [ATTENTION, "model.stack.0.mixer=differential_v2", "model.stack.0.kv_heads=8"],
+        "model.stack.0.kv_heads=8 does not divide model.stack.0.heads=4: use one of 1, 2, 4",
+    ),
+    (
+        ["model.stack.2.heads=6"],
+        (
+            "model.stack.2.heads=6 is not a multiple of the K,V heads it reads (model.stack.1.shared_kv.kv_heads=4): "
+            "use 4 or 8"
+        ),
+    ),
+    (
+        ["model.stack.2.head_dim=32"],
+        (
+            "model.stack.2.head_dim=32 is not model.stack.1.shared_kv.head_dim=16, the width that its queries must have: "
+            "leave it out"
+        ),
+    ),
+    (
+        [DIFFERENTIAL_CROSS, "model.stack.1.shared_kv.kv_heads=3"],
+        (
+            "model.stack.1.shared_kv.kv_heads=3 is odd, and model.stack.2 (differential_cross_attention) takes K,V heads "
+            "in pairs: use 2 or 4"
+        ),
+    ),
+    (
+        [DIFFERENTIAL_CROSS, "model.stack.2.heads=1"],
+        (
+            "model.stack.2.heads=1 is not a multiple of the K,V heads it reads (model.stack.1.shared_kv.kv_heads=4, "
+            "which is 2 pairs): use 2"
+        ),
+    ),
+    # tensor parallelism
+    (
+        ["parallel.tensor=3"],
+        (
+            "model.stack.0.heads=4 cannot be divided over parallel.tensor=3: "
+            "the tensor sizes that fit this model are 1, 2, 4"
+        ),
+    ),
+    (
+        ["model.stack.1.shared_kv.kv_heads=2", "parallel.tensor=4"],
+        (
+            "model.stack.1.shared_kv.kv_heads=2 cannot be divided over parallel.tensor=4: "
+            "the tensor sizes that fit this model are 1, 2"
+        ),
+    ),
+    (
+        [DIFFERENTIAL_CROSS, "parallel.tensor=4"],
+        (
+            "model.stack.1.shared_kv.kv_heads=4 (2 pairs) cannot be divided over parallel.tensor=4: "
+            "the tensor sizes that fit this model are 1, 2"
+        ),
+    ),
+    (
+        [ATTENTION, "model.stack.0.kv_heads=2", "parallel.tensor=4"],
+        (
+            "model.stack.0.kv_heads=2 cannot be divided over parallel.tensor=4: "
+            "the tensor sizes that fit this model are 1, 2"
+        ),
+    ),
+    (
+        ["model.ffn_hidden_size=129", "parallel.tensor=2"],
+        "model.ffn_hidden_size=129 cannot be divided over parallel.tensor=2: the tensor sizes that fit this model are 1",
+    ),
+    (
+        ["model.vocabulary_size=100", "model.vocabulary_multiple=3", "parallel.tensor=4"],
+        (
+            "model.vocabulary_size=100 (padded to 102) cannot be divided over parallel.tensor=4: "
+            "the tensor sizes that fit this model are 1, 2"
+        ),
+    ),
+    # sequence, context and pipeline parallelism
+    (
+        ["parallel.sequence=true"],
+        (
+            "parallel.sequence=true splits activations over the tensor ranks, and parallel.tensor=1 has only one: "
+            "turn it off or raise parallel.tensor"
+        ),
+    ),
+    (
+        ["parallel.sequence=true", "parallel.tensor=4", "train.sequence_length=18"],
+        (
+            "train.sequence_length=18 cannot be divided over parallel.tensor=4, which parallel.sequence=true needs: "
+            "use 16 or 20"
+        ),
+    ),
+    (["parallel.context=2"], "parallel.context=2 is not available in this version: use parallel.context=1"),
+    (
+        ["parallel.pipeline=3"],
+        (
+            "the 4 layers of model.stack cannot be divided evenly over parallel.pipeline=3: "
+            "the numbers that divide them are 1, 2, 4"
+        ),
+    ),
+    (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
+        (
+            "the 4 layers of model.stack cannot be divided evenly over parallel.pipeline=2 x parallel.virtual_pipeline=4 "
+            "= 8: the numbers that divide them are 1, 2, 4"
+        ),
+    ),
+    (
+        ["parallel.virtual_pipeline=2"],
+        (
+            "parallel.virtual_pipeline=2 interleaves pipeline stages, and parallel.pipeline=1 has only one: "
+            "raise parallel.pipeline or use parallel.virtual_pipeline=1"
+        ),
+    ),
+    # training
+    (["train.sequence_length=1"], "train.sequence_length=1 leaves no token to predict: use 2 or more"),
+    (["optimizer.warmup_steps=100"], "optimizer.warmup_steps=100 must be less than train.steps=100"),
+    (
+        ["optimizer.warmup_steps=10", "optimizer.decay_steps=10"],
+        "optimizer.warmup_steps=10 must be less than optimizer.decay_steps=10",
+    ),
+    (
+        ["optimizer.minimum_learning_rate=1e-3"],
+        "optimizer.minimum_learning_rate=0.001 must not be above optimizer.learning_rate=0.0003",
+    ),
+    (
+        ["optimizer.schedule=wsd", "optimizer.wsd_decay_steps=101"],
+        "optimizer.wsd_decay_steps=101 must not be above train.steps=100",
+    ),
+    (
+        ["optimizer.schedule=wsd", "optimizer.wsd_decay_steps=51", "optimizer.decay_steps=50"],
+        "optimizer.wsd_decay_steps=51 must not be above optimizer.decay_steps=50",
+    ),
+]
+
+LAYOUT_MISTAKES: list[tuple[list[str], int, str]] = [
+    (
+        ["parallel.tensor=2", "parallel.pipeline=2"],
+        6,
+        (
+            "a world size of 6 is not a multiple of parallel.tensor=2 x parallel.pipeline=2 x parallel.context=1 = 4: "
+            "start 4 or 8 ranks, or divide the model otherwise"
+        ),
+    ),
+    (
+        ["parallel.pipeline=2"],
+        1,
+        (
+            "a world size of 1 is not a multiple of parallel.tensor=1 x parallel.pipeline=2 x parallel.context=1 = 2: "
+            "start 2 ranks, or divide the model otherwise"
+        ),
+    ),
+    (
+        [],
+        0,
+        (
+            "a world size of 0 is not a multiple of parallel.tensor=1 x parallel.pipeline=1 x parallel.context=1 = 1: "
+            "start 1 ranks, or divide the model otherwise"
+        ),
+    ),
+    (
+        ["train.global_batch_size=9", "train.micro_batch_size=2"],
+        2,
+        (
+            "train.global_batch_size=9 is not a multiple of train.micro_batch_size=2 x 2 data-parallel ranks = 4: "
+            "use 8 or 12"
+        ),
+    ),
+    (
+        [],
+        16,
+        "train.global_batch_size=8 is not a multiple of train.micro_batch_size=1 x 16 data-parallel ranks = 16: use 16",
+    ),
+    (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch_size=6"],
+        4,
+        (
+            "train.global_batch_size=6 makes 3 microbatches per rank, and parallel.virtual_pipeline=2 needs a multiple of "
+            "parallel.pipeline=2: use 4 or 8"
+        ),
+    ),
+    (
+        ["parallel.context=2"],
+        2,
+        "parallel.context=2 is not available in this version: use parallel.context=1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), MISTAKES)
+def test_numbers_that_do_not_fit(load: Load, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_config(load(*overrides))
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "sentence"), LAYOUT_MISTAKES)
+def test_ranks_that_do_not_fit(load: Load, overrides: list[str], world_size: int, sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_layout(load(*overrides), world_size)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["parallel.tensor=4", "parallel.sequence=true"],
+        ["parallel.pipeline=4"],
+        [DIFFERENTIAL_CROSS, "parallel.tensor=2"],
+        [DIFFERENTIAL_CROSS, "model.stack.2.head_dim=16"],
+        [DIFFERENTIAL, "model.stack.0.kv_heads=2"],
+        [DIFFERENTIAL, "model.stack.0.heads=3", "model.stack.0.head_dim=10"],
+        ["model.stack.2.heads=8"],
+        ["optimizer.warmup_steps=99", "optimizer.decay_steps=200"],
+        ["optimizer.schedule=wsd", "optimizer.wsd_decay_steps=100"],
+        ["optimizer.minimum_learning_rate=3e-4"],
+        ["train.sequence_length=2"],
+    ],
+)
+def test_numbers_that_fit(load: Load, overrides: list[str]) -> None:
+    check_config(load(*overrides))
+
+
+def test_pairs_are_counted_only_for_the_shared_kv_that_differential_layers_read(load: Load) -> None:
+    first = "{shared_kv: {kv_heads: 1, head_dim: 8}}, {mixer: cross_attention, layers: 1, heads: 4}"
+    second = (
+        "{shared_kv: {kv_heads: 2, head_dim: 8}}, {mixer: differential_cross_attention, layers: 1, heads: 4}"
+    )
+    check_config(load(f"model.stack=[{first}, {second}]"))
+
+
+def test_the_layout_is_what_remains_for_data_parallelism(load: Load) -> None:
+    config = load(
+        "parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=2"
+    )
+    assert check_layout(config, 8) == Layout(
+        world_size=8, tensor=2, pipeline=2, virtual_pipeline=2, context=1, data=2, num_microbatches=2
+    )

@@ -1,0 +1,50 @@
+"""Fixtures shared by every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import RankPool
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout under test."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Any]]:
+    """Load one file of golden tensors: numbers made by running the published reference code.
+
+    The folder is ``shared/golden`` beside the checkout, or the one named by TRINE_GOLDEN. Where CI=true its
+    absence is a failure: parity with the references is the product, so it may not go untested in silence.
+    """
+    folder = Path(os.environ.get("TRINE_GOLDEN", REPOSITORY.parent / "shared" / "golden"))
+
+    def load(name: str) -> dict[str, Any]:
+        path = folder / name
+        if not path.exists():
+            message = f"golden tensors {path} are missing; set TRINE_GOLDEN to the folder that holds {name}"
+            if os.environ.get("CI") == "true":
+                pytest.fail(message)
+            pytest.skip(message)
+        tensors: dict[str, Any] = torch.load(path, weights_only=True)
+        return tensors
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Worker processes for distributed tests, started when first used and kept for the session."""
+    pool = RankPool()
+    yield pool
+    pool.close()

@@ -1,0 +1,74 @@
+"""The manifest: what is not there, of another version or damaged is said in a sentence."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trine.configs.errors import RunError, UsageError
+from trine.data_pipeline.manifest import MANIFEST, dtype_name, load_manifest, token_dtype
+
+
+def test_fingerprint_is_that_of_the_file(prepared: Path) -> None:
+    assert load_manifest(prepared).fingerprint == sha256((prepared / MANIFEST).read_bytes()).hexdigest()
+
+
+def test_absence_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"folder of prepared data {tmp_path / 'absent'} is not there"):
+        load_manifest(tmp_path / "absent")
+    with pytest.raises(UsageError, match=rf"{tmp_path} holds no prepared data \(index\.json is missing\)"):
+        load_manifest(tmp_path)
+
+
+def edited(prepared: Path, folder: Path, **changes: Any) -> Path:
+    raw = json.loads((prepared / MANIFEST).read_bytes()) | changes
+    (folder / MANIFEST).write_text(json.dumps(raw, indent=1) + "\n")
+    return folder
+
+
+def test_another_format_is_named(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has format 2 and this version of trine reads format 1"):
+        load_manifest(edited(prepared, tmp_path, format=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"eos_id": "zero"}, "eos_id"),
+        ({"splits": {"train": [{"name": "../../secret.tar"}]}}, r"splits\.train\.0\.name"),
+        ({"tokenizer": "/etc/passwd"}, "tokenizer"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_damage_is_located(prepared: Path, tmp_path: Path, changes: dict[str, Any], where: str) -> None:
+    with pytest.raises(
+        RunError, match=rf"index\.json is damaged at {where} \(.*\); restore it from a copy, or delete"
+    ):
+        load_manifest(edited(prepared, tmp_path, **changes))
+
+
+def test_half_a_file_or_another_layout_is_damage(prepared: Path, tmp_path: Path) -> None:
+    data = (prepared / MANIFEST).read_bytes()
+    (tmp_path / MANIFEST).write_bytes(data[: len(data) // 2])
+    with pytest.raises(RunError, match="is damaged: it is not JSON"):
+        load_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_bytes(b"[]")
+    with pytest.raises(RunError, match="is damaged at the whole"):
+        load_manifest(tmp_path)
+    (tmp_path / MANIFEST).write_text(json.dumps(json.loads(data)))
+    with pytest.raises(RunError, match="was changed after it was written"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "width"), [(2, "uint16", 2), (65_536, "uint16", 2), (65_537, "uint32", 4)]
+)
+def test_the_narrowest_type_that_holds_every_id(size: int, name: Any, width: int) -> None:
+    assert dtype_name(size) == name
+    assert token_dtype(name).itemsize == width
+    assert np.array([size - 1], token_dtype(name))[0] == size - 1

@@ -1,0 +1,90 @@
+"""How the kernels are compared with their references, and how their memory is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Relative errors against fp64: far above the rounding of each format, far below the effect of a mistake."""
+
+Function = Callable[..., Any]
+
+
+def error(result: Tensor, expected: Tensor) -> float:
+    """Norm of the difference, relative to that of ``expected`` or to 1, the inputs' scale, if that is more."""
+    difference = (result.detach().double() - expected.detach()).norm()
+    return float(difference / expected.detach().norm().clamp(min=1.0))
+
+
+def run(function: Function, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a function, and the gradients of its inputs from fixed random gradients of all outputs."""
+    results = function(*inputs)
+    outputs = list(results) if isinstance(results, tuple) else [results]
+    generator = torch.Generator().manual_seed(1)
+    # Drawn in bf16, so that the same numbers reach a function and its reference in every dtype.
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.bfloat16).to(o) for o in outputs]
+    trained = [x for x in inputs if x.requires_grad]
+    return outputs, list(torch.autograd.grad(outputs, trained, upstream))
+
+
+@pytest.fixture
+def randn() -> Callable[..., Tensor]:
+    """Normal tensors from a fixed seed, with gradients: ``randn(shape..., dtype=...)``."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return make
+
+
+@pytest.fixture
+def assert_same() -> Callable[[Function, Function, list[Tensor]], None]:
+    """Compare outputs and all gradients with those of a reference that runs in fp64 on the same numbers."""
+
+    def check(function: Function, reference: Function, inputs: list[Tensor]) -> None:
+        tolerance = TOLERANCES[inputs[0].dtype]
+        outputs, grads = run(function, inputs)
+        exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+        expected_outputs, expected_grads = run(reference, exact)
+        for name, results, expected in (
+            ("output", outputs, expected_outputs),
+            ("gradient", grads, expected_grads),
+        ):
+            for index, (result, target) in enumerate(zip(results, expected, strict=True)):
+                assert error(result, target) < tolerance, f"{name} {index}"
+
+    return check
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(result, Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.fixture
+def largest_tensor() -> Callable[[Function, list[Tensor]], int]:
+    """Elements of the largest tensor that a forward and backward pass creates."""
+
+    def measure(function: Function, inputs: list[Tensor]) -> int:
+        with LargestTensor() as largest:
+            run(function, inputs)
+        return largest.elements
+
+    return measure

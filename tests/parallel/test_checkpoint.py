@@ -1,0 +1,127 @@
+"""Checkpoints: a resumed run is the uninterrupted one, and damage is found before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import JobFailed, RankPool
+from training import config_of, whole
+
+from trine.configs.errors import RunError
+from trine.parallel import checkpoint
+
+pytestmark = pytest.mark.timeout(300)
+
+STACK: list[dict[str, Any]] = [
+    {"mixer": "differential", "layers": 1, "heads": 2, "kv_heads": 2},
+    {"mixer": "gated_retention", "layers": 1, "heads": 2},
+    {"shared_kv": {"kv_heads": 2, "head_dim": 12}},
+    {"mixer": "cross_attention", "layers": 2, "heads": 4},
+]
+SAVED = {"tensor": 2, "sequence": True, "pipeline": 2}
+SAVED_RANKS = 8
+
+
+def train(ranks: RankPool, world_size: int, parallel: dict[str, Any], **arguments: Any) -> list[dict[str, Any]]:
+    config = config_of(STACK, parallel=parallel, optimizer={"schedule": "cosine"})
+    raw = config.model_dump(mode="json", exclude_none=True)
+    return ranks.run("training:train", world_size, config=raw, **arguments)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ranks: RankPool) -> list[dict[str, Any]]:
+    return train(ranks, SAVED_RANKS, SAVED, steps=5)
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoints")
+    train(ranks, SAVED_RANKS, SAVED, steps=3, save=str(root))
+    found = checkpoint.newest(root)
+    assert found is not None
+    assert found.name == "step-00000003"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(SAVED_RANKS, SAVED), (1, {}), (4, {"pipeline": 4}), (2, {"pipeline": 2, "virtual_pipeline": 2})],
+    ids=["same layout", "one process", "pp4", "pp2+vpp2"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(
+    ranks: RankPool, saved: Path, uninterrupted: list[dict[str, Any]], world_size: int, parallel: dict[str, Any]
+) -> None:
+    """Losses and norms within 1e-6 of fp32 sums in another order; wrong Adam step counts would show at 1e-4."""
+    resumed = train(ranks, world_size, parallel, steps=2, load=str(saved))
+    assert resumed[0]["losses"] == pytest.approx(uninterrupted[0]["losses"][3:], rel=2e-6)
+    assert resumed[0]["grad_norms"] == pytest.approx(uninterrupted[0]["grad_norms"][3:], rel=1e-5)
+    ours, theirs = whole(resumed, "parameters"), whole(uninterrupted, "parameters")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
+def test_names_do_not_depend_on_the_layout(saved: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names = FileSystemReader(str(saved)).read_metadata().state_dict_metadata.keys()
+    assert "layers.0.mixer.differential.lambda_q1" in names
+    assert "layers.3.mixer.input.query" in names
+    assert "shared_kv.2.input.key" in names
+    assert "optimizer.state.exp_avg.layers.1.feed_forward.input.gate" in names
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / saved.name))
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_flipped_bit_is_found(copy: Path) -> None:
+    damaged = next(copy.glob("*.distcp"))
+    flip_byte(damaged)
+    with pytest.raises(RunError, match=rf"is damaged: {damaged.name} differs from what was written; remove"):
+        checkpoint.verify(copy)
+
+
+def test_missing_file_is_found(copy: Path) -> None:
+    (copy / "common.pt").unlink()
+    with pytest.raises(RunError, match=r"is damaged: common\.pt is missing; remove .* to continue"):
+        checkpoint.verify(copy)
+
+
+def test_missing_or_foreign_manifest(copy: Path) -> None:
+    manifest = copy / "manifest.json"
+    manifest.write_text(json.dumps({"format": 99, "files": {}}))
+    with pytest.raises(RunError, match=r"has format 99; this version reads format 1"):
+        checkpoint.verify(copy)
+    manifest.unlink()
+    with pytest.raises(RunError, match=r"has no readable manifest\.json"):
+        checkpoint.verify(copy)
+
+
+def test_damaged_checkpoint_fails_on_every_rank_before_it_is_opened(ranks: RankPool, copy: Path) -> None:
+    flip_byte(copy / "common.pt")
+    with pytest.raises(JobFailed, match=r"common\.pt differs from what was written"):
+        train(ranks, 2, {"pipeline": 2}, steps=1, load=str(copy))
+
+
+def test_unfinished_checkpoint_does_not_exist(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "step-00000009.writing")
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_only_the_newest_are_kept(ranks: RankPool, tmp_path: Path) -> None:
+    for first in range(3):
+        train(ranks, 1, {}, steps=1, first_step=first, save=str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]

@@ -1,0 +1,69 @@
+"""The CPU backend changes Megatron-Core and nothing else, and can be taken back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+PROGRAM = """
+import torch
+before = torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda
+import trine.parallel
+from trine.parallel import cpu
+from megatron.core import parallel_state
+import megatron.core.optimizer as optimizer
+assert cpu.installed() and parallel_state.torch is not torch
+assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+assert "TorchAdam" in optimizer.DistributedOptimizer.__name__
+cpu.install()
+cpu.uninstall()
+assert not cpu.installed() and parallel_state.torch is torch
+assert (torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda) == before
+assert optimizer.DistributedOptimizer.__name__ == "DistributedOptimizer"
+cpu.install()
+import megatron.core.models.gpt.gpt_model as later
+assert later.torch.zeros(1, device="cuda").device.type == "cpu"
+print("restored")
+"""
+
+RECOMPUTE = """
+import torch
+from trine.parallel import topology
+from trine.configs.checks import Layout
+import tempfile, os
+device = topology.join(0, 1, 0, init_method="file://" + os.path.join(tempfile.mkdtemp(), "store"))
+topology.build_topology(Layout(1, 1, 1, 1, 1, 1, 1), device)
+from megatron.core import tensor_parallel
+from megatron.core.transformer import utils
+tensor_parallel.model_parallel_cuda_manual_seed(1)
+def layer(x):
+    # A literal CUDA device inside: with a function mode the recomputation in backward would meet the real one.
+    return x * utils.get_default_causal_mask(4).float().sum()
+x = torch.ones(3, requires_grad=True)
+tensor_parallel.checkpoint(layer, False, x).sum().backward()
+assert torch.equal(x.grad, torch.full((3,), 6.0)), x.grad
+print("recomputed")
+"""
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_install_and_uninstall() -> None:
+    assert run(PROGRAM) == "restored"
+
+
+def test_recomputation_in_backward_sees_the_backend() -> None:
+    assert run(RECOMPUTE).endswith("recomputed")
+
+
+def test_torch_itself_is_untouched() -> None:
+    import trine.parallel  # noqa: F401
+
+    assert not torch.cuda.is_available() or torch.cuda.device_count() > 0
+    assert torch.cuda.is_available.__module__ == "torch.cuda"
