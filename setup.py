@@ -28,7 +28,15 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19"],
     "mpi": ["mpi4py>=4"],
     "fla": ["flash-linear-attention>=0.6"],
-    "dev": ["hypothesis>=6", "mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "types-PyYAML", "webdataset>=1.0.2,<2"],
+    "dev": [
+        "hypothesis>=6",
+        "mypy>=1.11",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "ruff>=0.6",
+        "types-PyYAML",
+        "webdataset>=1.0.2,<2",  # shards must stay readable by it
+    ],
 }
 
 

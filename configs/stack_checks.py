@@ -103,7 +103,8 @@ def _check_groups(key: str, segment: GroupedSegment) -> None:
 def _check_cross(key: str, segment: CrossSegment, source: tuple[str, SharedKV] | None) -> None:
     if source is None:
         raise UsageError(
-            f"{key} is {segment.mixer}, which reads a shared_kv, and none comes before it: put a shared_kv segment there"
+            f"{key} is {segment.mixer}, which reads a shared_kv, and none comes before it: "
+            "put a shared_kv segment there"
         )
     shared_key, shared = source
     if segment.head_dim not in (None, shared.head_dim):

@@ -40,12 +40,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     A pair is a complex number and its rotation a product with e^{i angle}: one pass forward and one backward.
     """
     wide = accumulation_dtype(x)
-    pairs = torch.view_as_complex(_even(x.to(wide)).unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(_even(x.to(wide)).view(*x.shape[:-1], -1, 2))
     rotation = torch.complex(cos.to(wide), sin.to(wide))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def _even(x: Tensor) -> Tensor:
-    """x, copied where it cannot be seen as complex: a slice of a fused projection may have odd strides or offset."""
+    """x, copied where it cannot be seen as complex: a slice of a fused projection may be oddly strided."""
     even = x.stride(-1) == 1 and not x.storage_offset() % 2 and not any(s % 2 for s in x.stride()[:-1])
-    return x if even else x.contiguous()
+    return x if even else x.clone(memory_format=torch.contiguous_format)

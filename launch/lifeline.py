@@ -14,19 +14,28 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process when the launcher that started it ends; only Linux can.
-
-    The signal comes when the thread ends that started this process, which must be the launcher's main one.
-    """
+    """Have the kernel kill this rank when the launcher that started it ends; only Linux can."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _die_with_parent()
+
+
+def end_forks_with_rank() -> None:
+    """Have the kernel kill what this rank forks from now on when the rank ends; only Linux can."""
+    if sys.platform == "linux":
+        os.register_at_fork(after_in_child=_die_with_parent)
 
 
 def end_with_parent() -> None:
-    """Have this process, which a rank has spawned, end when that rank does, whichever thread spawned it."""
+    """Have this process, which a rank has spawned, end when that rank does."""
     # Ctrl-C reaches it as well, and its traceback would tell the user nothing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_outlast_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    # A signal, more precisely, at the end of the thread that started this process: launchers and ranks start
+    # processes from their main threads.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _outlast_parent() -> None:

@@ -29,13 +29,14 @@ def main(argv: Sequence[str] | None = None, *, train: Callable[[Config, Place], 
     """
     from ..configs.loading import load_config
     from .environment import export, find_place
-    from .lifeline import end_with_launcher
+    from .lifeline import end_forks_with_rank, end_with_launcher
     from .rank_log import open_rank_log
 
     # Ctrl-C ends a rank even where it waits for others inside a collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
+    end_forks_with_rank()
     recipe, *overrides = sys.argv[1:] if argv is None else argv
     place: Place | None = None
     log: RankLog | None = None

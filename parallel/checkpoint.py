@@ -21,12 +21,18 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..configs.errors import RunError
 from .engine import Engine
 from .shards import load_parameters, sharded_state
 
 FORMAT = 1
+
+# torch's CheckpointException is no Exception but a BaseException: nothing else would catch it.
+_ENGINE_ERRORS = (CheckpointException, CheckpointingException)
+
 _STATE, _MANIFEST, _WRITING = "state.json", "manifest.json", ".writing"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
@@ -44,7 +50,10 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int
     writing = final.with_name(final.name + _WRITING)
     _on_first_rank(lambda: _make_empty(writing))
     sharded = sharded_state(engine, is_loading=False)
-    dist_checkpointing.save(sharded, str(writing))
+    try:
+        dist_checkpointing.save(sharded, str(writing))
+    except (*_ENGINE_ERRORS, OSError, RuntimeError) as error:
+        raise RunError(f"checkpoint {final} could not be written: {_last_line(error)}") from error
     whole = {"format": FORMAT, "step": step, "scheduler": engine.scheduler.state_dict(), "run": state}
     _on_first_rank(lambda: _commit(writing, final, whole))
     _on_first_rank(lambda: _prune(root, keep))
@@ -62,8 +71,8 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
     sharded = sharded_state(engine, is_loading=True)
     try:
         loaded = dist_checkpointing.load(sharded, str(path))
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise RunError(f"checkpoint {path} does not hold this model: {_first_line(error)}") from error
+    except _ENGINE_ERRORS as error:
+        raise RunError(f"checkpoint {path} does not hold this model: {_last_line(error)}") from error
     load_parameters(engine, loaded["model"])
     engine.optimizer.load_state_dict(loaded["optimizer"])
     engine.restore_schedule(whole["scheduler"])
@@ -158,5 +167,7 @@ def _on_first_rank(action: Any) -> None:
         raise RunError(outcome[0])
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def _last_line(error: BaseException) -> str:
+    """What went wrong: torch reports a rank's whole traceback, whose last line names the cause."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].rpartition("Exception: ")[2]

@@ -32,8 +32,11 @@ import torch
 
 _CPU = torch.device("cpu")
 _ENGINE = "megatron.core"
-_FACTORIES = ["tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "rand", "randn", "randint", "empty_strided", "zeros_like", "ones_like", "empty_like", "full_like"]
-_MEMORY_QUERIES = ["memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"]
+_FACTORIES = (
+    "tensor as_tensor zeros ones empty full arange linspace rand randn randint empty_strided "
+    "zeros_like ones_like empty_like full_like"
+).split()
+_MEMORY_QUERIES = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split()
 
 _undo: list[Callable[[], None]] = []
 

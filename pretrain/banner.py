@@ -23,7 +23,7 @@ def banner(config: Config, topology: Topology, place: Place, parameters: list[in
     """
     start = f"resuming from {resumed_from}" if resumed_from else "from the first step"
     rows = {
-        "engine": f"torch {torch.__version__}, megatron-core {version('megatron-core')}, python processes by {place.source}",
+        "engine": f"torch {torch.__version__}, megatron-core {version('megatron-core')}; ranks from {place.source}",
         "device": _device(topology.device),
         "model": f"{_stack(config)}; hidden {config.model.hidden_size}, vocabulary {config.model.vocabulary_size}",
         "layout": _layout(topology, config),
@@ -73,8 +73,8 @@ def _layout(topology: Topology, config: Config) -> str:
 def _optimizer(config: Config) -> str:
     o = config.optimizer
     return (
-        f"AdamW (distributed), lr {o.learning_rate:g} {o.schedule}, {o.warmup_steps} warm-up steps, betas {o.betas[0]:g}"
-        f" {o.betas[1]:g}, weight decay {o.weight_decay:g}, clip {o.clip_grad:g}"
+        f"AdamW (distributed), lr {o.learning_rate:g} {o.schedule}, {o.warmup_steps} warm-up steps, "
+        f"betas {o.betas[0]:g} {o.betas[1]:g}, weight decay {o.weight_decay:g}, clip {o.clip_grad:g}"
     )
 
 

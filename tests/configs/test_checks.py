@@ -33,8 +33,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (
         ["model.stack.2.mixer=attention"],
         (
-            "model.stack.1.shared_kv is read by no layer: put cross_attention or differential_cross_attention after it, "
-            "or remove it"
+            "model.stack.1.shared_kv is read by no layer: put cross_attention or differential_cross_attention "
+            "after it, or remove it"
         ),
     ),
     (

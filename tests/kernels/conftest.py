@@ -17,7 +17,7 @@ Function = Callable[..., Any]
 
 
 def error(result: Tensor, expected: Tensor) -> float:
-    """Norm of the difference, relative to that of ``expected`` or to 1, the inputs' scale, if that is more."""
+    """Norm of the difference, relative to that of ``expected`` or to 1, the scale of the inputs, at least."""
     difference = (result.detach().double() - expected.detach()).norm()
     return float(difference / expected.detach().norm().clamp(min=1.0))
 

@@ -81,7 +81,8 @@ def test_the_measure_sees_the_reference(
 def test_a_window_makes_no_tensor_longer_than_the_inputs(
     randn: Randn, largest_tensor: Measure, queries: int
 ) -> None:
-    q, k, v = (randn(1, 1, length, WIDTH, dtype=torch.float32) for length in (queries, 2 * LENGTH, 2 * LENGTH))
+    lengths = (queries, 2 * LENGTH, 2 * LENGTH)
+    q, k, v = (randn(1, 1, length, WIDTH, dtype=torch.float32) for length in lengths)
     assert largest_tensor(lambda *x: attention(*x, window=100), [q, k, v]) <= k.numel()
 
 

@@ -65,6 +65,16 @@ class TestRotary:
         x = randn(5, 2, 3, 6)
         assert torch.autograd.gradcheck(lambda x: apply_rotary(x.permute(1, 2, 0, 3), cos, sin), (x,))
 
+    @pytest.mark.parametrize("first", [0, 1])
+    @pytest.mark.parametrize("width", [7, 8])
+    def test_slices_with_odd_strides_or_offsets(self, randn: Randn, width: int, first: int) -> None:
+        cos, sin = rotary_tables(torch.arange(5), rotary_frequencies(6, 1e4, "standard"))
+        x = randn(5, width)[:, first : first + 6]
+        contiguous = randn(1 + x.numel())[1:].view(5, 6)
+        for view in (x, x.mT.contiguous().mT, contiguous):
+            expected = apply_rotary(view.clone(memory_format=torch.contiguous_format), cos, sin)
+            torch.testing.assert_close(apply_rotary(view, cos, sin), expected, rtol=0, atol=1e-12)
+
     def test_bf16_is_rotated_in_fp32_and_rounded_once(self, randn: Randn) -> None:
         cos, sin = rotary_tables(torch.arange(50), rotary_frequencies(16, 1e4, "standard"))
         x = randn(2, 3, 50, 16, dtype=torch.bfloat16)

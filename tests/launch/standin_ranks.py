@@ -78,8 +78,9 @@ def meet(config: Config, place: Place) -> None:
 
 
 def wait(config: Config, place: Place) -> None:
-    """Sleep until somebody ends it, beside a process such as those that write checkpoints."""
-    multiprocessing.get_context("spawn").Process(target=_note_and_sleep, args=(config,)).start()
+    """Sleep until somebody ends it, beside processes such as those that write checkpoints."""
+    for method in ("spawn", "fork"):
+        multiprocessing.get_context(method).Process(target=_note_and_sleep, args=(config,)).start()
     _note_and_sleep(config)
 
 

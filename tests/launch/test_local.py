@@ -121,7 +121,7 @@ def test_ranks_do_not_outlive_the_launcher(
     standin("wait")
     command = [sys.executable, "-c", LAUNCH, str(recipe), str(logs)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as launcher:
-        ranks = pids(4)
+        ranks = pids(6)
         launcher.send_signal(number)
         _, errors = launcher.communicate()
     assert launcher.returncode == code

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from trine.configs.checks import Layout
 from trine.configs.schema import Config
 from trine.models.site import Site

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
 from trine.configs.schema import Config
 from trine.configs.stack import expand
 from trine.models.build import build_chunks

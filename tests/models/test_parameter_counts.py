@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from trine.configs.loading import RECIPES, load_config
 from trine.configs.parameters import count_parameters
 from trine.models.build import build_chunks, local_parameters

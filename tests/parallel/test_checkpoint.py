@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import JobFailed, RankPool
+from ranks import RankPool
 from training import config_of, whole
 
 from trine.configs.errors import RunError
@@ -111,8 +111,15 @@ def test_missing_or_foreign_manifest(copy: Path) -> None:
 
 def test_damaged_checkpoint_fails_on_every_rank_before_it_is_opened(ranks: RankPool, copy: Path) -> None:
     flip_byte(copy / "common.pt")
-    with pytest.raises(JobFailed, match=r"common\.pt differs from what was written"):
-        train(ranks, 2, {"pipeline": 2}, steps=1, load=str(copy))
+    config = config_of(STACK, parallel={"pipeline": 2}).model_dump(mode="json", exclude_none=True)
+    told = ranks.run("training:error_of_loading", 2, config=config, load=str(copy))
+    assert all("is damaged: common.pt differs from what was written" in sentence for sentence in told)
+
+
+def test_checkpoint_of_another_model_is_refused(ranks: RankPool, saved: Path) -> None:
+    wider = config_of(STACK, model={"ffn_hidden_size": 96}).model_dump(mode="json", exclude_none=True)
+    (told,) = ranks.run("training:error_of_loading", 1, config=wider, load=str(saved))
+    assert "does not hold this model" in told
 
 
 def test_unfinished_checkpoint_does_not_exist(saved: Path, tmp_path: Path) -> None:

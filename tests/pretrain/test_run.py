@@ -24,7 +24,9 @@ def test_run_directory(finished: tuple[Path, str], metrics_of: Any) -> None:
     directory, printed = finished
     steps, evaluations = metrics_of(directory)
     assert [m["step"] for m in steps] == list(range(1, STEPS + 1))
-    assert steps[0].keys() >= set("step loss grad_norm lr tokens consumed_samples step_time_s tokens_per_s".split())
+    assert steps[0].keys() >= {
+        "step", "loss", "grad_norm", "lr", "tokens", "consumed_samples", "step_time_s", "tokens_per_s"
+    }  # fmt: skip
     assert steps[-1]["consumed_samples"] == STEPS * 4
     assert steps[-1]["tokens"] == STEPS * 4 * 32
     assert [m["step"] for m in evaluations] == [0, 4, 8]
@@ -74,7 +76,13 @@ def test_lambda_of_each_differential_layer_is_recorded(
 
 
 def test_killed_rank_ends_the_run_and_resume_is_exact(
-    finished: tuple[Path, str], command: Any, environment: Any, recipe: Path, tmp_path: Path, metrics_of: Any, trine: Any
+    finished: tuple[Path, str],
+    command: Any,
+    environment: Any,
+    recipe: Path,
+    tmp_path: Path,
+    metrics_of: Any,
+    trine: Any,
 ) -> None:
     """Rank 1 dies by SIGKILL after the checkpoint of step 3; all ranks end, and the rest of the run is unchanged."""
     arguments = ["pretrain", recipe, f"run.directory={tmp_path}", "train.steps=100000"]

@@ -41,15 +41,18 @@ class RankPool:
             return self._collect(workers)
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker: one that waits for a job ends by itself, one that hangs in a job is killed."""
+        for _, connection in self._workers:
+            connection.close()
         for process, _ in self._workers:
+            process.join(timeout=5)
             process.kill()
             process.join()
         self._workers = []
 
     def _start(self) -> tuple[Any, Connection]:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs,))
         process.start()
         theirs.close()
         return process, ours

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trine.configs.checks import check_layout
+from trine.configs.errors import RunError
 from trine.configs.schema import Config
 from trine.models.build import build_chunks
 from trine.parallel import checkpoint
@@ -70,6 +71,18 @@ def train(
         "parameters": list(_pieces(engine, lambda p: p.data)),
         "evaluation": engine.evaluate(_batch(run, topology, 0), topology.layout.num_microbatches),
     }
+
+
+def error_of_loading(rank: int, world_size: int, *, config: dict[str, Any], load: str) -> str:
+    """What this rank says of a checkpoint that it should refuse."""
+    run = Config.model_validate(config)
+    topology = build_topology(check_layout(run, world_size), local_device(rank))
+    engine = Engine(build_chunks(run, topology), run, topology)
+    try:
+        checkpoint.load(Path(load), engine)
+    except RunError as error:
+        return str(error)
+    return "loaded"
 
 
 def whole(ranks: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
