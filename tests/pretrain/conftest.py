@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("corpus")
     subjects = ["the rank", "a shard", "the decoder", "every layer", "one stage"]
-    lines = [f"{s} {verb} {n} tokens and sends them on" for s in subjects for verb in ("reads", "keeps") for n in range(60)]
+    lines = [f"{s} {verb} {n} tokens and sends them on" for s in subjects for verb in ("reads", "keeps") for n in range(60)]  # fmt: skip
     for part in range(6):
         (folder / f"{part}.txt").write_text("\n".join(lines[part::6]))
     output = tmp_path_factory.mktemp("data") / "tokens"
