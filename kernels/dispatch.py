@@ -23,6 +23,6 @@ def resolve(backend: Backend) -> Implementation:
 def explain(backend: Backend = "auto") -> str:
     """One line for a start-up banner: which kernels run, and why."""
     if resolve(backend) == "reference":
-        return "kernels: naive references, as asked; memory grows with the square of the sequence length"
+        return "naive references, as asked; memory grows with the square of the sequence length"
     reason = "the fastest here" if backend == "auto" else "as asked"
-    return f"kernels: torch (tiled attention, chunkwise retention), {reason}; memory linear in the length"
+    return f"torch (tiled attention, chunkwise retention), {reason}; memory linear in the length"

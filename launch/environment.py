@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, MutableMapping
+from typing import Literal
 from zlib import crc32
 
 from ..configs.errors import UsageError
@@ -50,7 +51,7 @@ def export(place: Place, environ: MutableMapping[str, str] = os.environ) -> None
     MASTER_ADDR and MASTER_PORT are kept where they are set. Raises UsageError when the meeting point is not
     known.
     """
-    if place.source == "torchrun":
+    if place.source in ("local", "torchrun"):
         return
     environ.setdefault("MASTER_ADDR", _master_address(place, environ))
     environ.setdefault("MASTER_PORT", str(_master_port(place, environ)))
@@ -63,7 +64,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> Place | None:
         return None
     rank, size, local_rank = (_integer(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = _integer(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else size
-    return Place(rank, size, local_rank, local_size, source="torchrun")
+    source: Literal["local", "torchrun"] = "local" if LAUNCHED_LOCALLY in environ else "torchrun"
+    return Place(rank, size, local_rank, local_size, source=source)
 
 
 def _from_open_mpi(environ: Mapping[str, str]) -> Place | None:

@@ -23,7 +23,7 @@ def banner(config: Config, topology: Topology, place: Place, parameters: list[in
     """
     start = f"resuming from {resumed_from}" if resumed_from else "from the first step"
     rows = {
-        "engine": f"torch {torch.__version__}, megatron-core {version('megatron-core')}; ranks from {place.source}",
+        "engine": f"torch {torch.__version__}, megatron-core {version('megatron-core')}; {_origin(place)}",
         "device": _device(topology.device),
         "model": f"{_stack(config)}; hidden {config.model.hidden_size}, vocabulary {config.model.vocabulary_size}",
         "layout": _layout(topology, config),
@@ -36,6 +36,12 @@ def banner(config: Config, topology: Topology, place: Place, parameters: list[in
     }
     lines = [f"trine {__version__}"] + [f"  {name:<11}{text}" for name, text in rows.items()]
     return "\n".join(lines)
+
+
+def _origin(place: Place) -> str:
+    if place.source in ("local", "single"):
+        return "ranks started here"
+    return f"ranks started by {place.source}"
 
 
 def _device(device: torch.device) -> str:

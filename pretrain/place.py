@@ -16,5 +16,5 @@ class Place:
     local_rank: int
     """From 0 to ``local_world_size`` - 1, unique on its host; it chooses the GPU."""
     local_world_size: int
-    source: Literal["torchrun", "slurm", "mpi", "single"]
-    """Whose environment variables said so; ``single`` means that nobody's did."""
+    source: Literal["local", "torchrun", "slurm", "mpi", "single"]
+    """Who started it: ``local`` is trine's own launcher, ``single`` means nobody."""
