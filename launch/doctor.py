@@ -62,8 +62,9 @@ def _packages() -> Iterator[Finding]:
     yield _needed("pydantic", "typed configuration")
     yield _needed("PyYAML", "recipes")
     yield _needed("tokenizers", "text to tokens")
-    yield _needed("webdataset", "token shards")
+    yield _needed("psutil", "checkpoint writing")
     yield _needed("tensorboard", "curves of a run")
+    yield _needed("tqdm", "progress")
 
 
 def _torch() -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,8 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     """The rate that this step used."""
-    updated: bool
-    """False where the optimizer refused the gradients (not finite) and left the parameters alone."""
+    finite: bool
+    """False where loss or gradients were not finite: the parameters are then worthless on every rank."""
 
 
 class Engine:
@@ -60,10 +61,10 @@ class Engine:
         """Run the step's microbatches forward and backward and update the parameters."""
         loss = self.compute_gradients(microbatches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        updated, grad_norm, _ = self.optimizer.step()
-        if updated:
-            self.scheduler.step(increment=self.config.train.global_batch_size)
-        return StepResult(loss, float(grad_norm), float(learning_rate), bool(updated))
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=self.config.train.global_batch_size)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        return StepResult(loss, float(grad_norm), float(learning_rate), finite)
 
     def restore_schedule(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint's schedule stood, under the rates and betas of *this* configuration.
@@ -75,6 +76,16 @@ class Engine:
         for group in self.optimizer.param_groups:
             group.update(max_lr=o.learning_rate, min_lr=o.minimum_learning_rate, betas=o.betas, eps=o.eps)
         self.scheduler.load_state_dict(state)
+
+    def close(self) -> None:
+        """Let go of the process groups, so that leaving the topology can end their threads.
+
+        A parameter's gradient hook holds the wrapper that made it, whose configuration holds the optimizer, whose
+        views of the parameter hold the hook: a cycle through C++, where no collector sees it.
+        """
+        self.engine_config.grad_scale_func = None
+        for chunk in self.parallel_chunks:
+            chunk.grad_accs.clear()
 
     def compute_gradients(self, microbatches: Microbatches) -> float:
         """Forward and backward alone: leaves the reduced gradients in each parameter's ``main_grad``."""

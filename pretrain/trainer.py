@@ -75,6 +75,7 @@ class Trainer:
                 self.saver.save(self.step)
         self.saver.save(self.step)
         self._close(time.perf_counter() - started, self.step - first_step)
+        self.engine.close()
 
     @property
     def consumed_samples(self) -> int:
@@ -85,11 +86,11 @@ class Trainer:
         started = time.perf_counter()
         result = self.engine.train_step(self.data.training(self.consumed_samples))
         self.step += 1
-        if not result.updated:
+        if not result.finite:
             raise RunError(
-                f"the gradients of step {self.step} are not finite (loss {result.loss}): lower "
+                f"step {self.step} is not finite (loss {result.loss:g}, gradient norm {result.grad_norm:g}): lower "
                 f"optimizer.learning_rate={self.config.optimizer.learning_rate:g} or optimizer.clip_grad="
-                f"{self.config.optimizer.clip_grad:g}, or continue from a checkpoint"
+                f"{self.config.optimizer.clip_grad:g}; the same command continues from the newest checkpoint"
             )
         self._record(result, time.perf_counter() - started)
 

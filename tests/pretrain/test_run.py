@@ -147,6 +147,14 @@ def keep_until(checkpoints: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
+def test_run_that_diverges_stops_with_one_sentence(trine: Any, recipe: Path, tmp_path: Path) -> None:
+    done = trine("pretrain", recipe, f"run.directory={tmp_path}", "optimizer.learning_rate=1e30", "train.steps=50")
+    assert done.returncode == 1
+    assert "is not finite (loss" in done.stderr.strip().splitlines()[-1] + done.stderr.strip().splitlines()[-2]
+    assert "optimizer.learning_rate=1e+30" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_run_of_another_model_is_not_overwritten(finished: tuple[Path, str], trine: Any, recipe: Path) -> None:
     other = trine("pretrain", recipe, f"run.directory={finished[0]}", "model.ffn_hidden_size=64", "train.steps=9")
     assert other.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing as mp
 import os
@@ -113,3 +114,4 @@ def _job(function: Callable[..., Any], rank: int, world_size: int, store: str, a
     finally:
         topology.leave_topology()
         topology.leave()
+        gc.collect()

@@ -64,12 +64,15 @@ def train(
         gradients = gradients or pieces
     if save is not None:
         checkpoint.save(Path(save), first_step + steps, engine, {"steps": first_step + steps}, keep=2)
+    evaluation = engine.evaluate(_batch(run, topology, 0), topology.layout.num_microbatches)
+    parameters = list(_pieces(engine, lambda p: p.data))
+    engine.close()
     return {
         "losses": losses,
         "grad_norms": norms,
         "gradients": gradients,
-        "parameters": list(_pieces(engine, lambda p: p.data)),
-        "evaluation": engine.evaluate(_batch(run, topology, 0), topology.layout.num_microbatches),
+        "parameters": parameters,
+        "evaluation": evaluation,
     }
 
 
@@ -82,6 +85,8 @@ def error_of_loading(rank: int, world_size: int, *, config: dict[str, Any], load
         checkpoint.load(Path(load), engine)
     except RunError as error:
         return str(error)
+    finally:
+        engine.close()
     return "loaded"
 
 
