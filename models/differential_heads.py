@@ -33,10 +33,10 @@ class DifferentialHeads(nn.Module):
         super().__init__()
         self.groups = site.groups
         self.lambda_init = lambda_init(site.layer)
-        self.lambda_q1 = _lambda_vector("lambda_q1", head_dim, site)
-        self.lambda_k1 = _lambda_vector("lambda_k1", head_dim, site)
-        self.lambda_q2 = _lambda_vector("lambda_q2", head_dim, site)
-        self.lambda_k2 = _lambda_vector("lambda_k2", head_dim, site)
+        self.lambda_q1 = replicated("lambda_q1", (head_dim,), LAMBDA_LAW, site.device)
+        self.lambda_k1 = replicated("lambda_k1", (head_dim,), LAMBDA_LAW, site.device)
+        self.lambda_q2 = replicated("lambda_q2", (head_dim,), LAMBDA_LAW, site.device)
+        self.lambda_k2 = replicated("lambda_k2", (head_dim,), LAMBDA_LAW, site.device)
         self.sub_norm = replicated("sub_norm", (2 * head_dim,), ONES, site.device)
 
     def current_lambda(self) -> Tensor:
@@ -50,10 +50,3 @@ class DifferentialHeads(nn.Module):
         o = differential_attention(q, k, v, self.current_lambda())
         o = rms_norm(o, in_head_region(self.sub_norm, self.groups), SUB_NORM_EPS)
         return o * (1.0 - self.lambda_init)
-
-
-def _lambda_vector(name: str, head_dim: int, site: Site) -> nn.Parameter:
-    vector = replicated(name, (head_dim,), LAMBDA_LAW, site.device)
-    # exp amplifies rounding, and the vectors are tiny: they stay in fp32 whatever the compute type.
-    vector.keep_fp32 = True  # type: ignore[attr-defined]
-    return vector

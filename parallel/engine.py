@@ -157,8 +157,13 @@ def _loss(per_token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _cast(chunks: list[Any], dtype: torch.dtype) -> None:
+    """Give matrices the compute type. Vectors (norms, lambda) stay in fp32: they are small, and lambda is in an exp.
+
+    Either all vectors or none: they are one group of the optimizer, and Megatron-Core 0.16.1 mistakes a group's
+    parameters for each other in checkpoints when the group mixes types.
+    """
     for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
-        if not getattr(parameter, "keep_fp32", False):
+        if parameter.dim() > 1:
             parameter.data = parameter.data.to(dtype)
 
 
