@@ -114,7 +114,7 @@ def verify(path: Path) -> None:
 
 def _complete(root: Path) -> Iterator[Path]:
     if root.is_dir():
-        yield from sorted(entry for entry in root.iterdir() if _COMPLETE.fullmatch(entry.name))
+        yield from sorted(e for e in root.iterdir() if _COMPLETE.fullmatch(e.name) and e.is_dir())
 
 
 def _make_empty(directory: Path) -> None:

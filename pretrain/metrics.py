@@ -77,6 +77,11 @@ class Metrics:
         """Record lambda of every differential layer, by global layer index."""
         self._scalars({f"diff/lambda/layer_{layer:02d}": value for layer, value in values.items()}, step)
 
+    def flush(self) -> None:
+        """Bring everything to disk: what a checkpoint covers must not be lost with the process."""
+        self._file.flush()
+        self._board.write(lambda w: w.flush())
+
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()

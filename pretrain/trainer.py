@@ -72,8 +72,8 @@ class Trainer:
             if self._evaluation_is_due():
                 self._evaluate()
             if self.saver.is_due(self.step):
-                self.saver.save(self.step)
-        self.saver.save(self.step)
+                self._save()
+        self._save()
         self._close(time.perf_counter() - started, self.step - first_step)
         self.engine.close()
 
@@ -130,6 +130,11 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.evaluation(self.step, self.consumed_samples, loss)
         self.console.say(f"step {self.step}: validation loss {loss:.4f}")
+
+    def _save(self) -> None:
+        if self.metrics is not None:
+            self.metrics.flush()
+        self.saver.save(self.step)
 
     def _open(self, resumed_from: Path | None) -> None:
         directory, first = self.config.run.directory, self.topology.rank == 0

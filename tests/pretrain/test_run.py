@@ -111,6 +111,8 @@ def test_killed_rank_ends_the_run_and_resume_is_exact(
     # The same layout on the same machine adds in the same order: equal to the last bit.
     assert [m["loss"] for m in ours] == [m["loss"] for m in theirs]
     assert [m["grad_norm"] for m in ours] == [m["grad_norm"] for m in theirs]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("lm loss")] == list(range(1, STEPS + 1))
 
 
 def last_step(run: Path, metrics_of: Any) -> int:
