@@ -165,6 +165,12 @@ def _check_schedule(train: Train, optimizer: Optimizer) -> None:
         raise UsageError(
             f"optimizer.wsd_decay_steps={optimizer.wsd_decay_steps} must not be above {name}={decay}"
         )
+    wsd = optimizer.wsd_decay(decay)
+    if optimizer.schedule == "wsd" and warmup + wsd > decay:
+        raise UsageError(
+            f"optimizer.warmup_steps={warmup} and the final decay of {wsd} steps do not fit in {decay} steps: "
+            f"use optimizer.wsd_decay_steps={decay - warmup} or less"
+        )
 
 
 def _num_microbatches(train: Train, parallel: Parallel, data: int) -> int:

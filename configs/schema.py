@@ -83,6 +83,10 @@ class Optimizer(Section):
     wsd_decay_steps: PositiveInt | None = None
     """Length of the final decay of ``wsd``; by default a tenth of ``decay_steps``."""
 
+    def wsd_decay(self, decay_steps: int) -> int:
+        """Length of the final decay in a schedule of ``decay_steps``."""
+        return self.wsd_decay_steps or max(1, decay_steps // 10)
+
 
 class Precision(Section):
     """Numbers the model computes with. Master weights and optimizer state are always fp32."""

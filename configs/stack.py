@@ -82,6 +82,7 @@ class SlidingWindowSegment(GroupedSegment):
 
     mixer: Literal["sliding_window"]
     window: PositiveInt
+    rope: Rotary = LINSPACE
 
 
 class DifferentialSegment(GroupedSegment):

@@ -60,13 +60,34 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int
     return final
 
 
-def load(path: Path, engine: Engine) -> dict[str, Any]:
-    """Load checkpoint ``path`` into the engine and return the caller's state. Every rank must call it.
+def find(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint, verified, and the caller's state in it. Every rank must call it and gets the same.
+
+    Rank 0 looks: two ranks may see different files through a network file system, and must not act on that.
 
     Raises:
-        RunError: a file is missing or damaged, or the checkpoint is of another format or another model.
+        RunError: it is damaged.
     """
-    _on_first_rank(lambda: verify(path))
+    found: list[tuple[Path, dict[str, Any]]] = []
+
+    def look() -> None:
+        path = newest(root)
+        if path is not None:
+            verify(path)
+            found.append((path, json.loads((path / _STATE).read_text())["run"]))
+
+    _on_first_rank(look)
+    box = [found[0] if found else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def load(path: Path, engine: Engine) -> dict[str, Any]:
+    """Load a checkpoint that ``find`` gave and return the caller's state. Every rank must call it.
+
+    Raises:
+        RunError: the checkpoint is of another model.
+    """
     whole = json.loads((path / _STATE).read_text())
     sharded = sharded_state(engine, is_loading=True)
     try:
@@ -77,12 +98,6 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
     engine.optimizer.load_state_dict(loaded["optimizer"])
     engine.restore_schedule(whole["scheduler"])
     state: dict[str, Any] = whole["run"]
-    return state
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The caller's state of a checkpoint, without its tensors."""
-    state: dict[str, Any] = json.loads((path / _STATE).read_text())["run"]
     return state
 
 
@@ -100,15 +115,16 @@ def verify(path: Path) -> None:
     remedy = f"remove {path} to continue from the checkpoint before it"
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        found, files = manifest["format"], {n: (f["bytes"], f["sha256"]) for n, f in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"checkpoint {path} has no readable {_MANIFEST} ({error}); {remedy}") from error
-    if manifest["format"] != FORMAT:
-        raise RunError(f"checkpoint {path} has format {manifest['format']}; this version reads format {FORMAT}")
-    for name, expected in manifest["files"].items():
+    if found != FORMAT:
+        raise RunError(f"checkpoint {path} has format {found}; this version reads format {FORMAT}")
+    for name, (size, digest) in files.items():
         file = path / name
         if not file.exists():
             raise RunError(f"checkpoint {path} is damaged: {name} is missing; {remedy}")
-        if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size or _sha256(file) != digest:
             raise RunError(f"checkpoint {path} is damaged: {name} differs from what was written; {remedy}")
 
 
@@ -138,7 +154,10 @@ def _commit(writing: Path, final: Path, state: dict[str, Any]) -> None:
 
 def _prune(root: Path, keep: int) -> None:
     for old in list(_complete(root))[:-keep]:
-        shutil.rmtree(old)
+        # Renamed first: a crash in between must not leave half a checkpoint under a complete one's name.
+        shutil.rmtree(old.rename(old.with_name(old.name + _WRITING)))
+    for left in root.glob(f"*{_WRITING}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -160,8 +179,8 @@ def _on_first_rank(action: Any) -> None:
     if dist.get_rank() == 0:
         try:
             action()
-        except (OSError, RunError) as error:
-            outcome[0] = str(error)
+        except Exception as error:  # whatever it is, the other ranks wait for word of it
+            outcome[0] = str(error) or type(error).__name__
     dist.broadcast_object_list(outcome, src=0)
     if outcome[0] is not None:
         raise RunError(outcome[0])

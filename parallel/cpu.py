@@ -1,8 +1,8 @@
 """The CPU backend: makes Megatron-Core run where there is no CUDA device.
 
 Megatron-Core asks ``torch.cuda`` for devices, streams and generators in many places. Here each ``megatron.core``
-module gets a proxy in place of its global name ``torch``; the real torch module stays as it is, so other libraries
-see no difference. A ``TorchFunctionMode`` would be shorter but wrong: autograd runs backward outside of it, so
+module gets a proxy in place of its global name ``torch``; the real torch module stays as it is, but for the three
+methods below. A ``TorchFunctionMode`` would be shorter but wrong: autograd runs backward outside of it, so
 recomputed activations would meet the real CUDA calls.
 
 Every patch, with its reason:
@@ -12,7 +12,6 @@ Every patch, with its reason:
 ``Tensor.cuda``, ``Module.cuda``      called as methods, so a module's global name cannot reach them
 ``Tensor.type()``                     the optimizers recognise parameters by ``torch.cuda.FloatTensor``
 ``tensor_parallel.random`` helpers    read and write the generator of a CUDA device
-``optimizer.DistributedOptimizer``    torch's Adam keeps one step count per parameter (see ``adam_steps``)
 ====================================  ==================================================================
 """
 
@@ -94,19 +93,13 @@ def _patch_methods() -> None:
 
 
 def _patch_engine() -> None:
-    import megatron.core.optimizer as optimizer
     import megatron.core.tensor_parallel.random as random
-
-    from .adam_steps import torch_adam_optimizer
 
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     # With one generator for both, forking the "CUDA" state always moves the CPU's; the warning is moot here.
     logging.getLogger(random.__name__).addFilter(_drop_generator_warning)
     _undo.append(lambda: logging.getLogger(random.__name__).removeFilter(_drop_generator_warning))
-    subclass = torch_adam_optimizer()
-    if subclass is not None:
-        _replace(optimizer, "DistributedOptimizer", subclass)
 
 
 def _drop_generator_warning(record: logging.LogRecord) -> bool:

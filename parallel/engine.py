@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..configs.schema import Config
 from ..configs.stack import expand
 from .engine_config import DTYPES
+from .optimizer_state import mended_optimizer
 from .pipeline import KVCarryCommunicator
 from .topology import Topology, from_last_stage, sum_over_data
 
@@ -52,7 +53,8 @@ class Engine:
         self.chunks = chunks
         _cast(chunks, DTYPES[config.precision.compute])
         self.parallel_chunks = _wrap(chunks, topology)
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.parallel_chunks)
+        with mended_optimizer():
+            self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.parallel_chunks)
         self.scheduler = _scheduler(config, self.optimizer)
         self.engine_config.grad_scale_func = self.optimizer.scale_loss
         self.engine_config.finalize_model_grads_func = finalize_model_grads
@@ -194,7 +196,6 @@ def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     """Megatron-Core's schedule, counted in samples so that it does not depend on the batch size."""
     o, batch = config.optimizer, config.train.global_batch_size
     decay = o.decay_steps or config.train.steps
-    wsd = o.wsd_decay_steps or max(1, decay // 10)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -209,6 +210,6 @@ def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=wsd * batch,
+        wsd_decay_steps=o.wsd_decay(decay) * batch,
         lr_wsd_decay_style="linear",
     )

@@ -49,59 +49,65 @@ class StepMetrics:
 class Metrics:
     """Writes ``metrics.jsonl`` and TensorBoard events. Only one rank of a run holds one."""
 
-    def __init__(self, directory: Path, resolved_config: str, first_step: int) -> None:
+    def __init__(self, directory: Path, resolved_config: str, first_step: int, global_batch_size: int) -> None:
         """Continue after ``first_step`` steps: what an interrupted run recorded beyond is forgotten."""
         self._path = directory / "metrics.jsonl"
+        self._batch = global_batch_size
         _forget_after(self._path, first_step)
         self._file = self._path.open("a", buffering=1)
         self._board = _Board(directory / "tensorboard", first_step)
+        # Forgetting goes by position, so curves over samples need a writer of their own.
+        self._samples_board = _Board(directory / "tensorboard" / "samples", first_step * global_batch_size)
         self._board.write(lambda w: w.add_text("config", f"```yaml\n{resolved_config}\n```", first_step))
 
-    def step(self, metrics: StepMetrics, global_batch_size: int) -> None:
+    def step(self, metrics: StepMetrics) -> None:
         """Record a training step."""
         values = asdict(metrics)
         self._file.write(json.dumps(values) + "\n")
-        tags = {tag: values[name] for name, tag in _STEP_TAGS.items()} | {"batch-size": global_batch_size}
-        self._scalars(tags, metrics.step)
+        tags = {tag: values[name] for name, tag in _STEP_TAGS.items()} | {"batch-size": self._batch}
+        self._board.scalars(tags, metrics.step)
         versus = {f"{tag} vs samples": tags[tag] for tag in _VERSUS_SAMPLES}
-        self._scalars(versus, metrics.consumed_samples)
+        self._samples_board.scalars(versus, metrics.consumed_samples)
 
     def evaluation(self, step: int, consumed_samples: int, loss: float) -> None:
         """Record a validation loss."""
         values = {"step": step, "consumed_samples": consumed_samples, "validation_loss": loss}
         self._file.write(json.dumps(values) + "\n")
         tags = {"lm loss validation": loss, "lm loss validation ppl": math.exp(min(20.0, loss))}
-        self._scalars(tags, step)
+        self._board.scalars(tags, step)
 
     def lambdas(self, step: int, values: Mapping[int, float]) -> None:
         """Record lambda of every differential layer, by global layer index."""
-        self._scalars({f"diff/lambda/layer_{layer:02d}": value for layer, value in values.items()}, step)
+        self._board.scalars({f"diff/lambda/layer_{layer:02d}": value for layer, value in values.items()}, step)
 
     def flush(self) -> None:
         """Bring everything to disk: what a checkpoint covers must not be lost with the process."""
         self._file.flush()
-        self._board.write(lambda w: w.flush())
+        for board in (self._board, self._samples_board):
+            board.write(lambda w: w.flush())
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close everything."""
         self._file.close()
-        self._board.write(lambda w: w.close())
-
-    def _scalars(self, tags: Mapping[str, float], position: int) -> None:
-        self._board.write(lambda w: [w.add_scalar(tag, value, position) for tag, value in tags.items()])
+        for board in (self._board, self._samples_board):
+            board.write(lambda w: w.close())
 
 
 class _Board:
     """A TensorBoard writer whose failure is reported once and never ends a run."""
 
-    def __init__(self, directory: Path, first_step: int) -> None:
+    def __init__(self, directory: Path, last_position: int) -> None:
+        """Continue after ``last_position``: what lies beyond, and everything before a first step, is hidden."""
         self._writer: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else None)
+            self._writer = SummaryWriter(str(directory), purge_step=last_position + 1 if last_position else 0)
         except (OSError, ImportError) as error:
             self._give_up(error)
+
+    def scalars(self, tags: Mapping[str, float], position: int) -> None:
+        self.write(lambda w: [w.add_scalar(tag, value, position) for tag, value in tags.items()])
 
     def write(self, action: Callable[[Any], object]) -> None:
         if self._writer is None:
@@ -117,10 +123,10 @@ class _Board:
 
 
 def _forget_after(path: Path, last_step: int) -> None:
-    """Drop the lines of steps after ``last_step``, and a line that a kill cut short."""
+    """Drop the lines of steps after ``last_step`` (all, where none was done), and a line that a kill cut short."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _step_of(line) <= last_step]
+    kept = [line for line in path.read_text().splitlines() if last_step and _step_of(line) <= last_step]
     part = path.with_suffix(".part")
     part.write_text("".join(line + "\n" for line in kept))
     part.replace(path)

@@ -24,23 +24,26 @@ class Saver:
         self._saved_step: int | None = None
 
     def newest(self) -> Path | None:
-        """The checkpoint that ``restore`` would load."""
+        """The newest checkpoint on disk."""
         return checkpoint.newest(self._root)
 
-    def restore(self, path: Path) -> int:
-        """Load ``path`` and return the number of steps done.
+    def restore(self) -> tuple[Path, int] | None:
+        """Load the newest checkpoint, if there is one; returns it and the number of steps done.
 
         Raises:
             UsageError: it belongs to another model, other data, another seed or another length.
             RunError: it is damaged.
         """
-        state = checkpoint.read_state(path)
+        found = checkpoint.find(self._root)
+        if found is None:
+            return None
+        path, state = found
         _check_same_model(path, state["model"], self._model())
         self._data.check_state(state["data"])
         _check_same_batch(path, state["global_batch_size"], self._config.train.global_batch_size)
         checkpoint.load(path, self._engine)
         self._saved_step = int(state["step"])
-        return self._saved_step
+        return path, self._saved_step
 
     def is_due(self, step: int) -> bool:
         """Whether step ``step`` ends with a save at the interval."""

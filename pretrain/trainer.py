@@ -60,10 +60,10 @@ class Trainer:
 
     def run(self) -> None:
         """Train to ``train.steps``, from the newest checkpoint of the run's directory if it has one."""
-        resumed_from = self.saver.newest()
-        if resumed_from is not None:
-            self.step = self.saver.restore(resumed_from)
-        self._open(resumed_from)
+        restored = self.saver.restore()
+        if restored is not None:
+            self.step = restored[1]
+        self._open(restored[0] if restored else None)
         started, first_step = time.perf_counter(), self.step
         if self.step == 0:
             self._evaluate()
@@ -111,7 +111,7 @@ class Trainer:
         logger.info("step %d: loss %.6f, grad norm %.4f", metrics.step, metrics.loss, metrics.grad_norm)
         lambdas = self._lambdas() if self.step % LAMBDA_INTERVAL == 0 else {}
         if self.metrics is not None:
-            self.metrics.step(metrics, train.global_batch_size)
+            self.metrics.step(metrics)
             self.metrics.lambdas(self.step, lambdas)
         self.console.step(metrics)
 
@@ -145,7 +145,7 @@ class Trainer:
             directory.mkdir(parents=True, exist_ok=True)
             resolved = dump_config(self.config)
             (directory / "config.yaml").write_text(resolved)
-            self.metrics = Metrics(directory, resolved, self.step)
+            self.metrics = Metrics(directory, resolved, self.step, self.config.train.global_batch_size)
         self.console.say(banner(self.config, self.topology, self.place, parameters, resumed_from))
 
     def _close(self, seconds: float, steps: int) -> None:

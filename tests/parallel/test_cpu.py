@@ -5,23 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import torch
-
 PROGRAM = """
 import torch
 before = torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda
 import trine.parallel
 from trine.parallel import cpu
 from megatron.core import parallel_state
-import megatron.core.optimizer as optimizer
 assert cpu.installed() and parallel_state.torch is not torch
 assert torch.ones(1).type() == "torch.cuda.FloatTensor"
-assert "TorchAdam" in optimizer.DistributedOptimizer.__name__
 cpu.install()
 cpu.uninstall()
 assert not cpu.installed() and parallel_state.torch is torch
 assert (torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda) == before
-assert optimizer.DistributedOptimizer.__name__ == "DistributedOptimizer"
 cpu.install()
 import megatron.core.models.gpt.gpt_model as later
 assert later.torch.zeros(1, device="cuda").device.type == "cpu"
@@ -60,10 +55,3 @@ def test_install_and_uninstall() -> None:
 
 def test_recomputation_in_backward_sees_the_backend() -> None:
     assert run(RECOMPUTE).endswith("recomputed")
-
-
-def test_torch_itself_is_untouched() -> None:
-    import trine.parallel  # noqa: F401
-
-    assert not torch.cuda.is_available() or torch.cuda.device_count() > 0
-    assert torch.cuda.is_available.__module__ == "torch.cuda"

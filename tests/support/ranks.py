@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import psutil
+
 JOB_SECONDS = 240
 
 
@@ -47,7 +49,10 @@ class RankPool:
             connection.close()
         for process, _ in self._workers:
             process.join(timeout=5)
-            process.kill()
+            if process.is_alive():
+                for child in psutil.Process(process.pid).children(recursive=True):  # checkpoint writers
+                    child.kill()
+                process.kill()
             process.join()
         self._workers = []
 

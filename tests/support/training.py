@@ -56,11 +56,12 @@ def train(
     engine = Engine(build_chunks(run, topology), run, topology)
     if load is not None:
         first_step = checkpoint.load(Path(load), engine)["steps"]
-    losses, norms, gradients = [], [], []
+    losses, norms, rates, gradients = [], [], [], []
     for step in range(first_step, first_step + steps):
         result, pieces = _step(engine, run, topology, step)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        rates.append(result.learning_rate)
         gradients = gradients or pieces
     if save is not None:
         checkpoint.save(Path(save), first_step + steps, engine, {"steps": first_step + steps}, keep=2)
@@ -70,6 +71,7 @@ def train(
     return {
         "losses": losses,
         "grad_norms": norms,
+        "learning_rates": rates,
         "gradients": gradients,
         "parameters": parameters,
         "evaluation": evaluation,
@@ -82,7 +84,9 @@ def error_of_loading(rank: int, world_size: int, *, config: dict[str, Any], load
     topology = build_topology(check_layout(run, world_size), local_device(rank))
     engine = Engine(build_chunks(run, topology), run, topology)
     try:
-        checkpoint.load(Path(load), engine)
+        found = checkpoint.find(Path(load).parent)
+        assert found is not None
+        checkpoint.load(found[0], engine)
     except RunError as error:
         return str(error)
     finally:
