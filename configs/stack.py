@@ -212,7 +212,6 @@ class LayerPlan:
 
     index: int
     segment: AnyMixerSegment
-    segment_index: int
     produces: SharedKV | None
     shared_kv: SharedKV | None
 
@@ -232,12 +231,12 @@ def expand(stack: tuple[Segment, ...]) -> tuple[LayerPlan, ...]:
     plans: list[LayerPlan] = []
     produces: SharedKV | None = None
     in_force: SharedKV | None = None
-    for segment_index, segment in enumerate(stack):
+    for segment in stack:
         if isinstance(segment, SharedKVSegment):
             produces = in_force = segment.shared_kv
             continue
         for _ in range(segment.layers):
-            plans.append(LayerPlan(len(plans), segment, segment_index, produces, in_force))
+            plans.append(LayerPlan(len(plans), segment, produces, in_force))
             produces = None
     return tuple(plans)
 

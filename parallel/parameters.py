@@ -2,7 +2,7 @@
 
 Every parameter carries a ``Blueprint``: its full shape, how tensor parallelism cuts it, and the law of its first
 value. From it follow, in one place each, initial values that do not depend on the layout (here) and the names and
-shards of a checkpoint (``checkpoint.py``).
+shards of a checkpoint (``shards.py``).
 """
 
 from __future__ import annotations
