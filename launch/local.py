@@ -139,6 +139,8 @@ def _environment(additions: Mapping[str, str]) -> Iterator[None]:
 def _elastic_log(directory: Path) -> Iterator[None]:
     """Send what torch's launcher logs to a file, so that our sentence is the last one on the console."""
     logger = logging.getLogger("torch.distributed.elastic")
+    # A log that cannot be written, on a full disk say, must not bury the sentence about it in tracebacks.
+    logging.raiseExceptions = False
     handler = logging.FileHandler(directory / "launcher.log", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     propagated, logger.propagate = logger.propagate, False
@@ -147,7 +149,8 @@ def _elastic_log(directory: Path) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk
+            handler.close()
         logger.propagate = propagated
 
 

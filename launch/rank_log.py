@@ -82,6 +82,8 @@ def _redirect_output(file: TextIO) -> None:
 def _configure_logging(file: TextIO, console: TextIO | None) -> None:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
+    # A log that cannot be written, on a full disk say, must not bury the sentence about it in tracebacks.
+    logging.raiseExceptions = False
     to_file = logging.StreamHandler(file)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(to_file)

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -73,9 +74,10 @@ def _end(error: Exception, place: Place | None, log: RankLog | None) -> NoReturn
     if LAUNCHED_LOCALLY not in os.environ:
         print(_sentence(error, place, log), file=log.console if log else sys.stderr, flush=True)
     _end_children()
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a full disk
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(2 if isinstance(error, UsageError) else 1)
 
 

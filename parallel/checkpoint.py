@@ -53,7 +53,11 @@ def save(root: Path, step: int, engine: Engine, state: dict[str, Any], keep: int
     try:
         dist_checkpointing.save(sharded, str(writing))
     except (*_ENGINE_ERRORS, OSError, RuntimeError) as error:
-        raise RunError(f"checkpoint {final} could not be written: {_last_line(error)}") from error
+        free = shutil.disk_usage(root).free / 2**20
+        raise RunError(
+            f"checkpoint {final} could not be written ({_last_line(error)}; {free:,.0f} MiB are free there): make room "
+            "or name another checkpoint.directory; the checkpoints before it are whole"
+        ) from error
     whole = {"format": FORMAT, "step": step, "scheduler": engine.scheduler.state_dict(), "run": state}
     _on_first_rank(lambda: _commit(writing, final, whole))
     _on_first_rank(lambda: _prune(root, keep))
