@@ -141,7 +141,7 @@ class Trainer:
         parameters = self._stage_parameters()
         self.console = Console(self.config.train.steps, self.step, enabled=first)
         self.metrics: Metrics | None = None
-        if first:
+        if first and self.step < self.config.train.steps:
             directory.mkdir(parents=True, exist_ok=True)
             resolved = dump_config(self.config)
             (directory / "config.yaml").write_text(resolved)
@@ -163,8 +163,8 @@ class Trainer:
             done = f"{steps} steps, {tokens:,} tokens in {duration(seconds)}"
         lines = ["finished: " + done]
         if self.validation_losses:
-            first, last = self.validation_losses[0], self.validation_losses[-1]
-            lines.append(f"  validation   loss {first:.3f} -> {last:.3f} nats per token")
+            ends = [self.validation_losses[0], *self.validation_losses[1:][-1:]]
+            lines.append(f"  validation   loss {' -> '.join(f'{loss:.3f}' for loss in ends)} nats per token")
         lines += [
             f"  metrics      {directory / 'metrics.jsonl'}",
             f"  TensorBoard  tensorboard --logdir {directory}",
