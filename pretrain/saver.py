@@ -40,7 +40,8 @@ class Saver:
         path, state = found
         _check_same_model(path, state["model"], self._model())
         self._data.check_state(state["data"])
-        _check_same_batch(path, state["global_batch_size"], self._config.train.global_batch_size)
+        _check_same(path, "train.global_batch_size", state["global_batch_size"], self._config.train.global_batch_size)
+        _check_same(path, "precision.compute", state["compute"], self._config.precision.compute)
         checkpoint.load(path, self._engine)
         self._saved_step = int(state["step"])
         return path, self._saved_step
@@ -64,6 +65,7 @@ class Saver:
         return {
             "step": step,
             "global_batch_size": batch,
+            "compute": self._config.precision.compute,
             "data": self._data.state(step * batch),
             "model": self._model(),
         }
@@ -81,9 +83,9 @@ def _check_same_model(path: Path, saved: dict[str, Any], configured: dict[str, A
             )
 
 
-def _check_same_batch(path: Path, saved: int, configured: int) -> None:
+def _check_same(path: Path, key: str, saved: object, configured: object) -> None:
     if saved != configured:
         raise UsageError(
-            f"checkpoint {path} was made with train.global_batch_size={saved}, now {configured}: "
-            f"set it back or choose another run.directory"
+            f"checkpoint {path} was made with {key}={saved}, now {configured}: "
+            "set it back or choose another run.directory"
         )

@@ -167,6 +167,9 @@ def test_run_of_another_model_is_not_overwritten(finished: tuple[Path, str], tri
     other = trine("pretrain", recipe, f"run.directory={finished[0]}", "model.ffn_hidden_size=64", "train.steps=9")
     assert other.returncode == 2
     assert "holds another model: model.ffn_hidden_size was 48 and is now 64" in other.stderr
+    other = trine("pretrain", recipe, f"run.directory={finished[0]}", "precision.compute=bf16", "train.steps=9")
+    assert other.returncode == 2
+    assert "was made with precision.compute=fp32, now bf16: set it back" in other.stderr
 
 
 def test_damaged_checkpoint_is_refused(finished: tuple[Path, str], trine: Any, recipe: Path, tmp_path: Path) -> None:
