@@ -9,13 +9,19 @@ j <= i, else 0:
 A fixed decay is the case c_i = i log(gamma), equal in all chunks and sequences: its tables have size 1 there
 and broadcast. Only differences with j <= i are exponentiated; they are never positive, so nothing overflows.
 
+Where documents are kept apart, a token that resets forgets what came before it. With r_i the number of resets
+from the start of the chunk up to token i, D_ij is 0 unless r_i = r_j, exp(c_i) unless r_i = 0, exp(c_C - c_j)
+unless r_j = r_C, and exp(c_C) unless r_C = 0. The decays themselves stay finite: a log-decay of -inf would turn
+their differences into NaN.
+
 Backward, with P = (Q K^T) . D and U the gradient of S_out, which a scan in the other direction gives:
 
     dP = (dO V^T) . D                               dV = P^T dO + exp(c_C - c) K U
     dQ = dP K + exp(c) dO S_in^T                    dK = dP^T Q + exp(c_C - c) V U^T
     dc_i = q_i . dq_i - k_i . dk_i                  dc_C += <U, S_out>
 
-The last line holds because only the products q exp(c), k exp(-c) and exp(c_C) S_out exp(-c_C) occur.
+The last line holds because only the products q exp(c), k exp(-c) and exp(c_C) S_out exp(-c_C) occur; resets
+multiply them by constants.
 """
 
 from __future__ import annotations
@@ -30,14 +36,20 @@ from .precision import accumulate_bmm_, operand, wide_bmm
 
 
 def chunkwise_retention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    chunk_size: int,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and final state of a sequence whose length ``chunk_size`` divides.
 
     The contract of ``retention.retention``, with the initial ``state`` given and in the accumulation dtype.
     """
     results: tuple[Tensor, Tensor] = _ChunkwiseRetention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, log_decay, state, chunk_size
+        q, k, v, log_decay, state, chunk_size, resets
     )
     return results
 
@@ -47,25 +59,32 @@ class _ChunkwiseRetention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_size: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor,
+        chunk_size: int,
+        resets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.cut = cut = _Cut(v.shape[0], v.shape[1], v.shape[2] // chunk_size, chunk_size)
-        decay = _decay_tables(log_decay.to(state.dtype), cut)
+        decay = _decay_tables(log_decay.to(state.dtype), resets, cut)
         queries, keys, values = (cut.rows(x) for x in (q, k, v))
         entering = cut.split(wide_bmm(cut.scaled(keys, decay.until_exit).mT, values))
         final_state = _scan_(entering, decay.across, state)
         output = wide_bmm(cut.scaled(queries, decay.since_entry), cut.merge(entering).to(values.dtype))
-        scores = cut.scale_(wide_bmm(queries, keys.mT), decay.within)
+        scores = cut.scale_(wide_bmm(queries, keys.mT), *decay.within)
         accumulate_bmm_(output, scores.to(values.dtype), values)
-        ctx.save_for_backward(q, k, v, log_decay, entering, final_state)
+        ctx.save_for_backward(q, k, v, log_decay, entering, final_state, resets)
         return output.view(v.shape).to(v.dtype), final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, entering, final_state = ctx.saved_tensors
+        q, k, v, log_decay, entering, final_state, resets = ctx.saved_tensors
         cut: _Cut = ctx.cut
-        decay = _decay_tables(log_decay.to(entering.dtype), cut)
+        decay = _decay_tables(log_decay.to(entering.dtype), resets, cut)
         queries, keys, values, upstream = (cut.rows(x) for x in (q, k, v, grad_output))
         grad_leaving = cut.split(wide_bmm(cut.scaled(queries, decay.since_entry).mT, upstream))
         grad_state = _scan_(grad_leaving, decay.across, grad_final, backwards=True)
@@ -75,10 +94,10 @@ class _ChunkwiseRetention(torch.autograd.Function):
         grad_decay = None
         if ctx.needs_input_grad[3]:
             grad_sums = cut.split((queries * grad_q).addcmul_(keys, grad_k, value=-1).sum(dim=-1))
-            grad_decay = _grad_log_decay(grad_sums, grad_leaving, entering, final_state)
+            grad_decay = _grad_log_decay(grad_sums, grad_leaving, entering, final_state, cut.resets(resets))
             grad_decay = grad_decay.view(log_decay.shape).to(log_decay.dtype)
         grads = (grad.view(x.shape).to(x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
-        return *grads, grad_decay, grad_state, None
+        return *grads, grad_decay, grad_state, None, None
 
 
 class _Cut(NamedTuple):
@@ -93,6 +112,10 @@ class _Cut(NamedTuple):
         """(B, H, T, d) to (B*H*N, C, d), ready for matrix products."""
         return operand(x).reshape(-1, self.size, x.shape[-1])
 
+    def resets(self, resets: Tensor | None) -> Tensor | None:
+        """(B, T) to (B, 1, N, C)."""
+        return None if resets is None else resets.contiguous().view(self.batch, 1, self.chunks, self.size)
+
     def split(self, x: Tensor) -> Tensor:
         """(B*H*N, ...) to (B, H, N, ...)."""
         return x.view((self.batch, self.heads, self.chunks, *x.shape[1:]))
@@ -101,9 +124,10 @@ class _Cut(NamedTuple):
         """(B, H, N, ...) to (B*H*N, ...)."""
         return x.flatten(0, 2)
 
-    def scale_(self, x: Tensor, table: Tensor) -> Tensor:
-        """Multiply x (B*H*N, ...) in place by a table that broadcasts over (B, H, N, ...)."""
-        self.split(x).mul_(table)
+    def scale_(self, x: Tensor, *tables: Tensor) -> Tensor:
+        """Multiply x (B*H*N, ...) in place by tables that broadcast over (B, H, N, ...)."""
+        for table in tables:
+            self.split(x).mul_(table)
         return x
 
     def scaled(self, x: Tensor, table: Tensor) -> Tensor:
@@ -112,10 +136,10 @@ class _Cut(NamedTuple):
 
 
 class _Decay(NamedTuple):
-    """Decays inside the chunks; (B, H, N) below is (1, H, 1) where the decay is fixed."""
+    """Decays inside the chunks; (B, H, N) below is (1, H, 1) where the decay is fixed and nothing resets."""
 
-    within: Tensor
-    """(B, H, N, C, C): D_ij, from token j to token i."""
+    within: tuple[Tensor, ...]
+    """Tables whose product is D_ij (B, H, N, C, C), from token j to token i."""
     since_entry: Tensor
     """(B, H, N, C, 1): exp(c_i), from the entry of the chunk to token i."""
     until_exit: Tensor
@@ -124,7 +148,7 @@ class _Decay(NamedTuple):
     """(B, H, N): exp(c_C), over the whole chunk."""
 
 
-def _decay_tables(log_decay: Tensor, cut: _Cut) -> _Decay:
+def _decay_tables(log_decay: Tensor, resets: Tensor | None, cut: _Cut) -> _Decay:
     """Tables of log_decay (H,) or (B, H, T), in its dtype."""
     if log_decay.dim() == 1:
         tokens = torch.arange(1, cut.size + 1, dtype=log_decay.dtype, device=log_decay.device)
@@ -134,7 +158,23 @@ def _decay_tables(log_decay: Tensor, cut: _Cut) -> _Decay:
     # Zeroing positive differences keeps exp in range; exp of a filled-in -inf is ten times slower on a CPU.
     within = (c.unsqueeze(-1) - c.unsqueeze(-2)).tril_().exp_().tril_()
     last = c[..., -1:]
-    return _Decay(within, c.exp().unsqueeze(-1), (last - c).exp().unsqueeze(-1), last.squeeze(-1).exp())
+    decay = _Decay((within,), c.exp().unsqueeze(-1), (last - c).exp().unsqueeze(-1), last.squeeze(-1).exp())
+    resets = cut.resets(resets)
+    return decay if resets is None else _with_resets(decay, resets)
+
+
+def _with_resets(decay: _Decay, resets: Tensor) -> _Decay:
+    """The tables with zeros where one of ``resets`` (B, 1, N, C) comes between."""
+    count = resets.cumsum(dim=-1)
+    first, last = count == 0, count == count[..., -1:]
+    same = (count.unsqueeze(-1) == count.unsqueeze(-2)).to(decay.across.dtype)
+    return _Decay(
+        # Apart, a table of all heads and one of all chunks stay small; their product would be one per head and chunk.
+        (*decay.within, same),
+        decay.since_entry * first.unsqueeze(-1),
+        decay.until_exit * last.unsqueeze(-1),
+        decay.across * first[..., -1],
+    )
 
 
 def _scan_(increments: Tensor, decay: Tensor, state: Tensor, *, backwards: bool = False) -> Tensor:
@@ -162,7 +202,7 @@ def _grad_queries_keys(
     cut: _Cut,
 ) -> tuple[Tensor, Tensor]:
     """dQ and dK (B*H*N, C, dk), from ``upstream`` = dO, ``states`` = S_in and ``grad_states`` = U."""
-    grad_scores = cut.scale_(wide_bmm(upstream, v.mT), decay.within).to(v.dtype)
+    grad_scores = cut.scale_(wide_bmm(upstream, v.mT), *decay.within).to(v.dtype)
     grad_q = cut.scale_(wide_bmm(upstream, states.mT), decay.since_entry)
     grad_k = cut.scale_(wide_bmm(v, grad_states.mT), decay.until_exit)
     return accumulate_bmm_(grad_q, grad_scores, k), accumulate_bmm_(grad_k, grad_scores.mT, q)
@@ -172,18 +212,33 @@ def _grad_values(
     q: Tensor, k: Tensor, upstream: Tensor, grad_states: Tensor, decay: _Decay, cut: _Cut
 ) -> Tensor:
     """dV (B*H*N, C, dv), from ``upstream`` = dO and ``grad_states`` = U."""
-    scores = cut.scale_(wide_bmm(q, k.mT), decay.within).to(upstream.dtype)
+    scores = cut.scale_(wide_bmm(q, k.mT), *decay.within).to(upstream.dtype)
     return accumulate_bmm_(wide_bmm(cut.scaled(k, decay.until_exit), grad_states), scores.mT, upstream)
 
 
-def _grad_log_decay(grad_sums: Tensor, grad_leaving: Tensor, entering: Tensor, final_state: Tensor) -> Tensor:
+def _grad_log_decay(
+    grad_sums: Tensor, grad_leaving: Tensor, entering: Tensor, final_state: Tensor, resets: Tensor | None
+) -> Tensor:
     """Gradient (B, H, N, C) of the log-decays, from ``grad_sums`` = q_i . dq_i - k_i . dk_i of that shape.
 
     ``grad_leaving`` is U and ``entering`` is S_in of each chunk, so that S_out of chunk n is ``entering`` of
-    n + 1.
+    n + 1. ``resets`` is (B, 1, N, C).
     """
     grad = grad_sums.clone()
     grad[:, :, :-1, -1] += (grad_leaving[:, :, :-1] * entering[:, :, 1:]).sum(dim=(-1, -2))
     grad[:, :, -1, -1] += (grad_leaving[:, :, -1] * final_state).sum(dim=(-1, -2))
     # c_i contains the log-decays up to token i, so a log-decay collects the gradients from its own token on.
-    return grad.flip(-1).cumsum(dim=-1).flip(-1)
+    grad = grad.flip(-1).cumsum(dim=-1).flip(-1)
+    return grad if resets is None else _without_later_documents(grad, resets)
+
+
+def _without_later_documents(grad: Tensor, resets: Tensor) -> Tensor:
+    """Take what comes from the next reset on out of sums (B, H, N, C) that each run from a token to the chunk's end.
+
+    The parts of later documents cancel, but only up to rounding: a document would train on its successors' noise. The
+    decay at a reset itself multiplies nothing.
+    """
+    count = resets.cumsum(dim=-1)
+    following = torch.searchsorted(count, count, right=True).expand(grad.shape)
+    later = torch.nn.functional.pad(grad, (0, 1)).gather(-1, following)
+    return (grad - later).masked_fill_(resets, 0)

@@ -6,22 +6,28 @@ from torch import Tensor
 
 from ..configs.errors import UsageError
 from . import reference
-from .attention import attention
+from .attention import attention, check_document_start
 from .dispatch import Backend, resolve
 from .precision import accumulation_dtype
 from .tiled import tiled_attention
 
 
 def differential_attention(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, backend: Backend = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """(A1 - lam A2) V of each head pair, causal (Differential Transformer, arXiv 2410.05258); memory O(T).
 
     q (B, 2h, Tq, d) and k (B, 2hkv, Tk, d) hold map s of pair i at head 2i+s; v (B, hkv, Tk, dv) with dv = 2d
     in the paper; lam a 0-dim tensor. Pair i uses K,V pair i // (h / hkv), and A_s = softmax(Q_s K_s^T
-    d^-0.5). The queries are the last Tq of the Tk positions. Softmax and subtraction in fp32 at least;
-    returns (B, h, Tq, dv) in q.dtype, not yet normalised per head. Raises UsageError for shapes that do not
-    fit.
+    d^-0.5). The queries are the last Tq of the Tk positions, and ``document_start`` (B, Tq) is that of
+    ``attention``. Softmax and subtraction in fp32 at least; returns (B, h, Tq, dv) in q.dtype, not yet
+    normalised per head. Raises UsageError for shapes that do not fit.
     """
     pairs, kv_pairs = q.shape[1] // 2, v.shape[1]
     if q.shape[1] % 2 or k.shape[1] != 2 * kv_pairs or pairs % kv_pairs:
@@ -29,28 +35,37 @@ def differential_attention(
         raise UsageError(f"differential attention got {heads}; use 2h, 2hkv and hkv with h a multiple of hkv")
     if lam.dim() != 0:
         raise UsageError(f"differential attention got lam of shape {tuple(lam.shape)}; use a 0-dim tensor")
+    check_document_start(document_start, q)
     if resolve(backend) == "reference":
-        return reference.differential_attention(q, k, v, lam)
-    return tiled_attention(q, k, v, lam=lam)
+        return reference.differential_attention(q, k, v, lam, document_start)
+    return tiled_attention(q, k, v, lam=lam, document_start=document_start)
 
 
 def differential_attention_v2(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, backend: Backend = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    document_start: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """a[2i] - lam[i] a[2i+1] of one ordinary grouped attention a (Differential Transformer V2); memory O(T).
 
     q (B, 2h, Tq, d), k and v (B, hkv, Tk, d), lam (B, h, Tq) after its sigmoid -> (B, h, Tq, d) in q.dtype.
-    Both heads of a pair share K and V, so 2h / hkv is even. The queries are the last Tq of the Tk positions.
-    The subtraction is in fp32 at least. Raises UsageError for shapes that do not fit.
+    Both heads of a pair share K and V, so 2h / hkv is even. The queries are the last Tq of the Tk positions,
+    and ``document_start`` (B, Tq) is that of ``attention``. The subtraction is in fp32 at least. Raises
+    UsageError for shapes that do not fit.
     """
     if q.shape[1] % (2 * k.shape[1]):
         heads = f"{q.shape[1]} query heads over {k.shape[1]} K,V heads"
         raise UsageError(f"differential attention V2 got {heads}; use an even number per K,V head")
     if lam.shape != (q.shape[0], q.shape[1] // 2, q.shape[2]):
         raise UsageError(f"differential attention V2 got lam of shape {tuple(lam.shape)}; use (B, h, Tq)")
+    check_document_start(document_start, q)
     if resolve(backend) == "reference":
-        return reference.differential_attention_v2(q, k, v, lam)
+        return reference.differential_attention_v2(q, k, v, lam, document_start)
     wide = accumulation_dtype(q)
-    heads_of_pairs = attention(q, k, v, backend=backend).to(wide)
+    heads_of_pairs = attention(q, k, v, document_start=document_start, backend=backend).to(wide)
     first, second = heads_of_pairs[:, 0::2], heads_of_pairs[:, 1::2]
     return first.addcmul(lam.to(wide).unsqueeze(-1), second, value=-1).to(q.dtype)

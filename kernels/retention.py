@@ -1,7 +1,8 @@
 """Retention with a fixed or a per-token decay (RetNet, arXiv 2307.08621; gated in YOCO, arXiv 2405.05254).
 
 S_n = a_n S_{n-1} + k_n^T v_n and o_n = q_n S_n, without the score normalisation of RetNet's code: the norm
-per head that follows removes any factor that a row has in common.
+per head that follows removes any factor that a row has in common. Where a document starts, the term with S_{n-1}
+is left out.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..configs.errors import UsageError
 from . import reference
 from .chunkwise import chunkwise_retention
 from .dispatch import Backend, resolve
 from .precision import accumulation_dtype
+from .state import weighted_key_values
 
 
 def fixed_decay_log(
@@ -54,6 +57,7 @@ def retention(
     log_decay: Tensor,
     *,
     initial_state: Tensor | None = None,
+    resets: Tensor | None = None,
     chunk_size: int = 128,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -61,43 +65,80 @@ def retention(
 
     q and k (B, H, T, dk), k already scaled, v (B, H, T, dv), of one dtype. ``log_decay``, finite and not
     positive, is (H,) for a fixed decay per head, which takes no gradient, or (B, H, T) per token.
-    ``initial_state`` (B, H, dk, dv) is the state before the first token, zero by default. Differentiable once
-    in q, k, v, a per-token log_decay and initial_state, through both results. Decays, states and the scan are
-    fp32 at least. ``chunk_size`` changes speed, and results only by rounding. Raises UsageError for arguments
-    that do not fit.
+    ``initial_state`` (B, H, dk, dv) is the state before the first token, zero by default. ``resets`` (B, T)
+    bool is True at tokens that forget everything before them, initial state included: the first tokens of
+    packed documents. Differentiable once in q, k, v, a per-token log_decay and initial_state, through both
+    results. Decays, states and the scan are fp32 at least. ``chunk_size`` changes speed, and results only by
+    rounding. Raises UsageError for arguments that do not fit.
     """
-    _check(q, k, v, log_decay, initial_state, chunk_size)
+    _check(q, k, v, initial_state, chunk_size)
+    _check_decay(log_decay, resets, v)
     if resolve(backend) == "reference":
-        return reference.retention(q, k, v, log_decay, initial_state)
+        return reference.retention(q, k, v, log_decay, initial_state, resets)
     if initial_state is None:
         initial_state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
     state, length = initial_state.to(accumulation_dtype(v)), q.shape[2]
     chunk_size = min(chunk_size, length)
     if length % chunk_size == 0:
-        return chunkwise_retention(q, k, v, log_decay, state, chunk_size)
+        return chunkwise_retention(q, k, v, log_decay, state, chunk_size, resets)
     # The tokens after the last whole chunk form one shorter chunk: padding would let the state decay too far.
     sizes = [length - length % chunk_size, length % chunk_size]
     (q, q_rest), (k, k_rest), (v, v_rest) = (torch.split(x, sizes, dim=2) for x in (q, k, v))
     fixed = log_decay.dim() == 1
     decay, decay_rest = (log_decay, log_decay) if fixed else torch.split(log_decay, sizes, dim=2)
-    output, state = chunkwise_retention(q, k, v, decay, state, chunk_size)
-    output_rest, state = chunkwise_retention(q_rest, k_rest, v_rest, decay_rest, state, sizes[1])
+    resets, resets_rest = (None, None) if resets is None else torch.split(resets, sizes, dim=1)
+    output, state = chunkwise_retention(q, k, v, decay, state, chunk_size, resets)
+    output_rest, state = chunkwise_retention(q_rest, k_rest, v_rest, decay_rest, state, sizes[1], resets_rest)
     return torch.cat((output, output_rest), dim=2), state
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None, chunk_size: int
-) -> None:
+def chunk_state(
+    k: Tensor, v: Tensor, log_decay: Tensor, resets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a chunk does to the state that passes through it: S_out = decay * S_in + state.
+
+    k (B, H, T, dk) and v (B, H, T, dv) of one dtype; ``log_decay`` (H,) or (B, H, T) and ``resets`` (B, T) as for
+    ``retention``. Returns the state (B, H, dk, dv) that the chunk leaves from an empty start and the decay (B, H)
+    across it, 0 where a token resets; both in fp32 (fp64 for fp64). Differentiable once in k, v and a per-token
+    log_decay. Ranks that hold one chunk each exchange these instead of tokens. Raises UsageError for arguments that
+    do not fit.
+    """
+    if k.shape[:3] != v.shape[:3]:
+        shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise UsageError(f"the state of a chunk got {shapes}; use (B, H, T, dk) and (B, H, T, dv)")
+    _check_decay(log_decay, resets, v)
+    log_decay = log_decay.to(accumulation_dtype(v))
+    if log_decay.dim() == 1:
+        log_decay = log_decay[:, None].expand(k.shape[:3])
+    # A difference of sums from the start would leave rounding errors in the gradients of decays before a reset.
+    until_exit = functional.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(dim=-1).flip(-1).exp()
+    # Beside the last token's weight of 1 smaller ones vanish, and on a CPU subnormal products are ten times slower.
+    until_exit = functional.threshold(until_exit, 1e-30, 0.0)
+    across = log_decay.sum(dim=-1).exp()
+    if resets is not None:
+        count = resets.cumsum(dim=-1).unsqueeze(1)
+        until_exit = until_exit * (count == count[..., -1:])
+        across = across * (count[..., -1] == 0)
+    return weighted_key_values(k, v, until_exit), across
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, chunk_size: int) -> None:
     if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise UsageError(f"retention got {shapes}; use (B, H, T, dk) twice and (B, H, T, dv)")
-    if log_decay.shape not in (q.shape[1:2], q.shape[:3]):
+    if initial_state is not None and initial_state.shape != (*q.shape[:2], q.shape[-1], v.shape[-1]):
+        raise UsageError(f"retention got a state of shape {tuple(initial_state.shape)}; use (B, H, dk, dv)")
+    if chunk_size < 1:
+        raise UsageError(f"retention chunk_size is {chunk_size}; use a positive number, such as 128")
+
+
+def _check_decay(log_decay: Tensor, resets: Tensor | None, v: Tensor) -> None:
+    if log_decay.shape not in (v.shape[1:2], v.shape[:3]):
         raise UsageError(f"retention got log_decay of shape {tuple(log_decay.shape)}; use (H,) or (B, H, T)")
     if log_decay.dim() == 1 and log_decay.requires_grad:
         raise UsageError(
             "retention got a fixed log_decay that requires a gradient; use (B, H, T) to train it"
         )
-    if initial_state is not None and initial_state.shape != (*q.shape[:2], q.shape[-1], v.shape[-1]):
-        raise UsageError(f"retention got a state of shape {tuple(initial_state.shape)}; use (B, H, dk, dv)")
-    if chunk_size < 1:
-        raise UsageError(f"retention chunk_size is {chunk_size}; use a positive number, such as 128")
+    if resets is not None and (resets.shape != (v.shape[0], v.shape[2]) or resets.dtype != torch.bool):
+        got = f"{resets.dtype} of shape {tuple(resets.shape)}"
+        raise UsageError(f"retention got resets {got} for v {tuple(v.shape)}; use torch.bool of shape (B, T)")

@@ -44,7 +44,21 @@ def randn() -> Callable[..., Tensor]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def packed() -> Callable[[list[list[int]]], Tensor]:
+    """(B, T) int64, the first token of each token's document, from the documents' lengths in each sequence."""
+
+    def make(documents: list[list[int]]) -> Tensor:
+        rows = []
+        for lengths in documents:
+            sizes = torch.tensor(lengths)
+            rows.append((sizes.cumsum(0) - sizes).repeat_interleave(sizes))
+        return torch.stack(rows)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def assert_same() -> Callable[[Function, Function, list[Tensor]], None]:
     """Compare outputs and all gradients with those of a reference that runs in fp64 on the same numbers."""
 

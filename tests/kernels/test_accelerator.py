@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trine.kernels.differential import differential_attention
 from trine.kernels.precision import accumulate_bmm_, operand, wide_bmm
-from trine.kernels.retention import retention
+from trine.kernels.retention import chunk_state, retention
 from trine.kernels.tiled import tiled_attention
 
 
@@ -30,9 +30,11 @@ def test_products_keep_bf16_operands_and_accumulate_in_fp32() -> None:
     assert accumulate_bmm_(total, a, b).dtype == torch.float32
 
 
-def test_attention() -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention(packed: bool) -> None:
     inputs = [meta(2, 6, 700, 8), meta(2, 2, 700, 8), meta(2, 2, 700, 12)]
-    output = tiled_attention(*inputs, window=600)
+    starts = torch.empty(2, 700, dtype=torch.int64, device="meta") if packed else None
+    output = tiled_attention(*inputs, window=600, document_start=starts)
     assert (output.shape, output.dtype) == ((2, 6, 700, 12), torch.bfloat16)
     check([output], inputs)
 
@@ -44,11 +46,23 @@ def test_differential_attention() -> None:
     check([output], inputs)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("chunk_size", [16, 128])
-def test_retention(chunk_size: int) -> None:
+def test_retention(chunk_size: int, packed: bool) -> None:
     q, k, v = meta(2, 3, 70, 8), meta(2, 3, 70, 8), meta(2, 3, 70, 12)
     log_decay, state = meta(2, 3, 70, dtype=torch.float32), meta(2, 3, 8, 12, dtype=torch.float32)
-    output, final = retention(q, k, v, log_decay, initial_state=state, chunk_size=chunk_size)
+    resets = torch.empty(2, 70, dtype=torch.bool, device="meta") if packed else None
+    output, final = retention(
+        q, k, v, log_decay, initial_state=state, resets=resets, chunk_size=chunk_size
+    )
     assert (output.shape, output.dtype) == ((2, 3, 70, 12), torch.bfloat16)
     assert (final.shape, final.dtype) == ((2, 3, 8, 12), torch.float32)
     check([output, final], [q, k, v, log_decay, state])
+
+
+def test_chunk_state() -> None:
+    k, v, log_decay = meta(2, 3, 70, 8), meta(2, 3, 70, 12), meta(2, 3, 70, dtype=torch.float32)
+    state, decay = chunk_state(k, v, log_decay, torch.empty(2, 70, dtype=torch.bool, device="meta"))
+    assert (state.shape, state.dtype) == ((2, 3, 8, 12), torch.float32)
+    assert (decay.shape, decay.dtype) == ((2, 3), torch.float32)
+    check([state, decay], [k, v, log_decay])

@@ -30,6 +30,16 @@ def retention_fixed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Te
     return retention(q, k, v, fixed_decay_log(1), **options)
 
 
+def retention_packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    resets = (torch.arange(LENGTH) % 300 == 0).unsqueeze(0)
+    return retention(q, k, v, fixed_decay_log(1), resets=resets, **options)
+
+
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    index = torch.arange(LENGTH)
+    return attention(q, k, v, document_start=(index - index % 1500).unsqueeze(0), **options)
+
+
 def attention_wide(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return attention(q, k, v, **options)
 
@@ -37,9 +47,11 @@ def attention_wide(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 CASES: dict[Function, list[tuple[int, int]]] = {
     attention: [(2, WIDTH), (1, WIDTH), (1, WIDTH)],
     attention_wide: [(2, WIDTH), (1, WIDTH), (1, 2 * WIDTH)],
+    attention_packed: [(2, WIDTH), (1, WIDTH), (1, WIDTH)],
     differential_attention: [(2, WIDTH), (2, WIDTH), (1, 2 * WIDTH)],
     differential_attention_v2: [(2, WIDTH), (1, WIDTH), (1, WIDTH)],
     retention_fixed: [(1, WIDTH), (1, WIDTH), (1, WIDTH)],
+    retention_packed: [(1, WIDTH), (1, WIDTH), (1, WIDTH)],
     retention_gated: [(1, WIDTH), (1, WIDTH), (1, WIDTH)],
 }
 """Heads and widths of q, k and v."""
