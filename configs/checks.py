@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .division_checks import check_pipeline, check_tensor
 from .errors import UsageError
-from .remedies import divisors, listed, nearest_multiples
-from .schema import Config, Model, Optimizer, Parallel, Train
-from .stack import DifferentialCrossAttentionSegment, SharedKVSegment
-from .stack_checks import check_stack, pairs_of
+from .remedies import nearest_multiples
+from .schema import Config, Optimizer, Parallel, Train
+from .sequence_checks import check_exchange, check_sequence
+from .stack_checks import check_stack
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ def check_config(config: Config) -> None:
     The vocabulary takes part once ``model.vocabulary_size`` is known.
     """
     check_stack(config.model)
-    _check_tensor(config.model, config.parallel)
-    _check_sequence(config.train, config.parallel)
-    _check_context(config.parallel)
-    _check_pipeline(config.model, config.parallel)
+    check_tensor(config.model, config.parallel)
+    check_sequence(config.model.stack, config.train, config.parallel)
+    check_exchange(config.model.stack, config.parallel)
+    check_pipeline(config.model.stack, config.parallel)
     _check_schedule(config.train, config.optimizer)
 
 
@@ -66,87 +65,6 @@ def check_layout(config: Config, world_size: int) -> Layout:
         data=data,
         num_microbatches=_num_microbatches(train, parallel, data),
     )
-
-
-def _tensor_units(model: Model) -> Iterator[tuple[str, int]]:
-    """What tensor parallelism divides: how a sentence names it, and its count."""
-    for index, segment in enumerate(model.stack):
-        key = f"model.stack.{index}"
-        if isinstance(segment, SharedKVSegment):
-            yield _shared_units(model, index, segment)
-        else:
-            for name, count in segment.tensor_parallel_units().items():
-                yield f"{key}.{name}={count}", count
-    yield f"model.ffn_hidden_size={model.ffn_hidden_size}", model.ffn_hidden_size
-    if model.vocabulary_size is not None:
-        padded = model.padded_vocabulary()
-        yield f"model.vocabulary_size={model.vocabulary_size} (padded to {padded})", padded
-
-
-def _shared_units(model: Model, index: int, segment: SharedKVSegment) -> tuple[str, int]:
-    kv_heads = segment.shared_kv.kv_heads
-    name = f"model.stack.{index}.shared_kv.kv_heads={kv_heads}"
-    for reader in model.stack[index + 1 :]:
-        if isinstance(reader, SharedKVSegment):
-            break
-        if isinstance(reader, DifferentialCrossAttentionSegment):
-            pairs = pairs_of(segment.shared_kv)
-            return f"{name} ({pairs} pairs)", pairs
-    return name, kv_heads
-
-
-def _check_tensor(model: Model, parallel: Parallel) -> None:
-    units = list(_tensor_units(model))
-    for name, count in units:
-        if count % parallel.tensor:
-            fitting = divisors(math.gcd(*(count for _, count in units)))
-            raise UsageError(
-                f"{name} cannot be divided over parallel.tensor={parallel.tensor}: "
-                f"the tensor sizes that fit this model are {listed(fitting)}"
-            )
-
-
-def _check_sequence(train: Train, parallel: Parallel) -> None:
-    length, tensor = train.sequence_length, parallel.tensor
-    if length < 2:
-        raise UsageError(f"train.sequence_length={length} leaves no token to predict: use 2 or more")
-    if not parallel.sequence:
-        return
-    if tensor == 1:
-        raise UsageError(
-            "parallel.sequence=true splits activations over the tensor ranks, and parallel.tensor=1 has only one: "
-            "turn it off or raise parallel.tensor"
-        )
-    if length % tensor:
-        raise UsageError(
-            f"train.sequence_length={length} cannot be divided over parallel.tensor={tensor}, which "
-            f"parallel.sequence=true needs: use {nearest_multiples(length, tensor)}"
-        )
-
-
-def _check_context(parallel: Parallel) -> None:
-    if parallel.context > 1:
-        raise UsageError(
-            f"parallel.context={parallel.context} is not available in this version: use parallel.context=1"
-        )
-
-
-def _check_pipeline(model: Model, parallel: Parallel) -> None:
-    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
-    if virtual > 1 and pipeline == 1:
-        raise UsageError(
-            f"parallel.virtual_pipeline={virtual} interleaves pipeline stages, and parallel.pipeline=1 has only one: "
-            "raise parallel.pipeline or use parallel.virtual_pipeline=1"
-        )
-    layers = sum(segment.layers for segment in model.stack if not isinstance(segment, SharedKVSegment))
-    if layers % (pipeline * virtual):
-        asked = f"parallel.pipeline={pipeline}"
-        if virtual > 1:
-            asked += f" x parallel.virtual_pipeline={virtual} = {pipeline * virtual}"
-        raise UsageError(
-            f"the {layers} layers of model.stack cannot be divided evenly over {asked}: "
-            f"the numbers that divide them are {listed(divisors(layers))}"
-        )
 
 
 def _check_schedule(train: Train, optimizer: Optimizer) -> None:

@@ -19,3 +19,9 @@ def nearest_multiples(number: int, unit: int) -> str:
     """The positive multiples of ``unit`` on either side of ``number``, which is none itself."""
     below = max(number - number % unit, 0)
     return f"{below} or {below + unit}" if below else str(unit)
+
+
+def even_parts(number: int, count: int) -> list[int]:
+    """``count`` whole numbers that add up to ``number`` and differ by one at most, the larger first."""
+    share, larger = divmod(number, count)
+    return [share + 1] * larger + [share] * (count - larger)

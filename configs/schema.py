@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
 from .stack import Section, Stack
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _split_tag(value: object) -> str:
+    """Tell the union of pipeline splits which member a value is meant to be, so that errors speak of that one alone."""
+    return "layers" if isinstance(value, list | tuple) else "rule"
+
+
+PipelineSplit = Annotated[
+    Annotated[Literal["balanced", "even"], Tag("rule")] | Annotated[tuple[PositiveInt, ...], Tag("layers")],
+    Discriminator(_split_tag),
+]
 
 
 class Model(Section):
@@ -46,7 +57,14 @@ class Parallel(Section):
     pipeline: PositiveInt = 1
     virtual_pipeline: PositiveInt = 1
     """Model chunks held by each pipeline stage; above 1 the schedule is interleaved 1F1B."""
+    pipeline_split: PipelineSplit = "balanced"
+    """Layers of each of the ``pipeline`` x ``virtual_pipeline`` chunks: ``balanced`` by operations (the output layer
+    counted with the last chunk), ``even``, or a list of their numbers in the order of the model."""
     context: PositiveInt = 1
+    """Ranks over which each sequence is divided; ``context_order`` says how."""
+    context_exchange: Literal["gather", "all_to_all"] = "gather"
+    """How softmax mixers meet the keys of other context ranks: ``gather`` K,V of the whole sequence, or
+    ``all_to_all`` between tokens and heads. Windows, retention and shared K,V have exchanges of their own."""
     sequence: bool = False
     """Sequence parallelism: activations between the sharded regions are split along the sequence over tensor ranks."""
 
@@ -63,6 +81,12 @@ class Train(Section):
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt = 1
     sequence_length: PositiveInt
+    document_masking: bool = False
+    """Whether tokens see their own document alone: attention is masked and recurrent state starts anew at each
+    document. Off, as in the papers, a window is one text."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: those between the matrix products
+    (``selective``) or all but each layer's input (``full``)."""
     seed: NonNegativeInt = 1234
 
 

@@ -241,6 +241,17 @@ def expand(stack: tuple[Segment, ...]) -> tuple[LayerPlan, ...]:
     return tuple(plans)
 
 
+def context_order(stack: tuple[Segment, ...]) -> Literal["contiguous", "zigzag"]:
+    """How context parallelism deals out a sequence: in which order its chunks go to the ranks.
+
+    A causal query late in the sequence sees more keys than an early one. Where some mixer sees the whole past each
+    of R ranks holds two of 2R chunks, r and 2R - 1 - r (``zigzag``), which balances that. Retention and windows
+    cost the same everywhere, so stacks of these alone keep one chunk per rank (``contiguous``).
+    """
+    even = SlidingWindowSegment | RetentionSegment | GatedRetentionSegment | SharedKVSegment
+    return "contiguous" if all(isinstance(segment, even) for segment in stack) else "zigzag"
+
+
 def carried_kv(plans: tuple[LayerPlan, ...], first_layer: int) -> SharedKV | None:
     """The shared K,V that must enter a pipeline stage whose first layer is ``first_layer``, if any.
 

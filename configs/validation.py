@@ -45,6 +45,11 @@ _DEMANDS = {
     "too_long": "a list of no more than {max_length}",
 }
 
+_SPLIT: Location = ("parallel", "pipeline_split")
+
+_BESIDE_OPTIONS: dict[Location, str] = {_SPLIT: "a list of the layers of each chunk such as [3, 5]"}
+"""What a key takes other than one of its options."""
+
 
 def validate(raw: Mapping[str, Any]) -> Config:
     """The typed configuration that ``raw`` describes. Raises UsageError with one line per mistake, at most 8."""
@@ -94,7 +99,8 @@ def _sentence(error: ErrorDetails) -> str:
     if kind == "union_tag_invalid":
         return _not_an_option(f"{path}.mixer", value["mixer"], MIXERS)
     if kind == "literal_error":
-        return _not_an_option(path, value, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+        options = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return _not_an_option(path, value, options, beside=_BESIDE_OPTIONS.get(location[:2]))
     if kind == "model_type" and value is None:
         return f"{path} is empty: give it keys or leave it out"
     if kind in _DEMANDS:
@@ -109,11 +115,12 @@ def _missing(location: Location, within: object) -> str:
     return f"{path} is missing, and it has no default"
 
 
-def _not_an_option(path: str, value: object, options: Collection[str]) -> str:
+def _not_an_option(path: str, value: object, options: Collection[str], beside: str | None = None) -> str:
     # Options may differ by one letter and mean different things (fp16 is no misspelling of bf16).
     near = nearest(str(value), options, cutoff=0.8)
     hint = f"; did you mean {near}?" if near else ""
-    return f"{path}={shown(value)} is not one of {', '.join(options)}{hint}"
+    nor = f", nor {beside}" if beside else ""
+    return f"{path}={shown(value)} is not one of {', '.join(options)}{nor}{hint}"
 
 
 def _is_unknown_key(error: ErrorDetails) -> bool:
@@ -150,16 +157,21 @@ def _section_in(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
-def _is_tag(location: Location, position: int) -> bool:
+def _is_segment_tag(location: Location, position: int) -> bool:
     """Whether a part of a pydantic location names the member of the segment union and not a key."""
     return location[:2] == ("model", "stack") and position == 3
+
+
+def _is_tag(location: Location, position: int) -> bool:
+    """Whether a part of a pydantic location names the member of any union and not a key."""
+    return _is_segment_tag(location, position) or (location[:2] == _SPLIT and position == 2)
 
 
 def _owner(location: Location) -> type[Section]:
     """The section whose keys stand at ``location``."""
     owner: type[Section] = Config
     for position, part in enumerate(location):
-        if _is_tag(location, position):
+        if _is_segment_tag(location, position):
             owner = SEGMENTS[str(part)]
         elif field := owner.model_fields.get(str(part)):
             owner = _section_in(field.annotation) or owner

@@ -26,12 +26,11 @@ class Sample:
     document_starts: NDArray[np.int64]
     """Increasing positions in [0, S) at which a document begins."""
 
-    def positions_in_document(self) -> NDArray[np.int64]:
-        """(S,): for each input the number of inputs before it that are in its document and in the window."""
-        positions = np.arange(self.tokens.size - 1, dtype=np.int64)
-        begins = np.zeros_like(positions)
+    def document_start_per_token(self) -> NDArray[np.int64]:
+        """(S,): for each input the position of its document's first token, 0 where that lies before the window."""
+        begins = np.zeros(self.tokens.size - 1, np.int64)
         begins[self.document_starts] = self.document_starts
-        return positions - np.maximum.accumulate(begins)
+        return np.maximum.accumulate(begins)
 
 
 class TokenDataset:

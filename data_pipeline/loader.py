@@ -69,6 +69,9 @@ class Batch:
     """(b, S) int64."""
     labels: torch.Tensor
     """(b, S) int64: the token that follows each of ``tokens``."""
+    document_start: torch.Tensor
+    """(b, S) int64: the position in the window of the first token of each token's document, 0 where the document
+    began before the window."""
     sample_ids: NDArray[np.int64]
     """(b,): which samples these are, for logs and tests."""
 
@@ -144,8 +147,10 @@ class BatchLoader:
                 )
 
     def _batch(self, ids: NDArray[np.int64]) -> Batch:
-        windows = torch.from_numpy(np.stack([self._dataset[int(index)].tokens for index in ids]))
-        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), ids)
+        samples = [self._dataset[int(index)] for index in ids]
+        windows = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+        starts = torch.from_numpy(np.stack([sample.document_start_per_token() for sample in samples]))
+        return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), starts, ids)
 
 
 _IDENTITY = {

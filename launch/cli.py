@@ -1,4 +1,4 @@
-"""The command line: ``trine pretrain``, ``trine data prepare`` and ``trine doctor``.
+"""The command line: ``trine pretrain``, ``trine parity``, ``trine data prepare`` and ``trine doctor``.
 
 Each command imports what it needs when it runs, so that ``trine --help`` answers at once.
 """
@@ -34,6 +34,29 @@ examples:
   torchrun --nproc-per-node 8 -m trine pretrain configs/yoco/3b.yaml
 
 {_EXIT_CODES}"""
+
+_PARITY = """\
+Compare layouts of a model with one process on this machine: the same few training steps are computed under each,
+and losses, gradient norms, every gradient and every parameter afterwards must agree within fixed tolerances: 1e-5
+for loss and gradient norm, 1e-4 for gradients and parameters. No data are needed.
+
+It computes in fp32 on random tokens, with an optimizer and a small global batch of its own; the layout of the
+recipe does not count. A layout is named by its parts, joined by '+':
+  tpN, ppN, cpN, dpN  N tensor ranks, pipeline stages, context ranks, data ranks
+  vppN                N model chunks per pipeline stage (interleaved)
+  sp                  sequence parallelism over the tensor ranks
+  a2a                 context ranks exchange tokens for heads
+  even                the same number of layers in every stage
+  selective           activation recompute between matrix products
+  recompute           activation recompute of whole layers"""
+
+_PARITY_EXAMPLES = """\
+examples:
+  trine parity configs/parity.yaml
+  trine parity configs/yoco/160m.yaml model.stack.0.layers=2 model.stack.2.layers=2 --layouts tp2+sp,pp2
+  trine parity configs/parity.yaml --layouts tp2,cp2 --json - 2>/dev/null
+
+exit codes: 0 every layout agrees; 1 one does not, or failed; 2 wrong use; 130 stopped by Ctrl-C"""
 
 _PREPARE = """\
 Turn text into token shards that runs read: a tokenizer, shards for training and validation, and a manifest
@@ -109,6 +132,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"trine {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_pretrain(commands)
+    _add_parity(commands)
     data = _add(commands, "data", "prepare the data that runs read", "Prepare the data that runs read.", "")
     _add_prepare(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
     doctor = _add(commands, "doctor", "tell what this machine can do", _DOCTOR, _DOCTOR_EXAMPLES)
@@ -125,6 +149,26 @@ def _add_pretrain(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="ranks to start here (default: one per GPU, or tensor x pipeline x context without GPUs)",
     )  # fmt: skip
     parser.set_defaults(command=_pretrain, parser=parser)
+
+
+def _add_parity(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(commands, "parity", "compare layouts with one process", _PARITY, _PARITY_EXAMPLES)
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the recipe of the model")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values laid over the recipe, in order")
+    parser.add_argument(
+        "--layouts", metavar="A,B,...",
+        help="layouts by name (default: a standard list of up to 8 ranks, of which what cannot be is listed)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="training steps (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the results there too; - for standard output")
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), help="where to compute (default: gpu where there are two or more)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S",
+        help="seconds that one layout may take, the start of its ranks included (default: %(default)g)",
+    )  # fmt: skip
+    parser.set_defaults(command=_parity, parser=parser)
 
 
 def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -162,11 +206,7 @@ def _add(
 def _pretrain(arguments: argparse.Namespace) -> int:
     from .environment import find_place
 
-    overrides: list[str] = arguments.overrides
-    for override in overrides:
-        if "=" not in override:
-            raise UsageError(f"{override!r} is no override: write key.sub=value, such as train.steps=100")
-    words = [str(arguments.config), *overrides]
+    words = [str(arguments.config), *_overrides(arguments)]
     place = find_place()
     if _is_rank(place):
         if arguments.nproc is not None:
@@ -177,6 +217,14 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
         return run_rank(words)
     return _launch(words, arguments.nproc)
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    overrides: list[str] = arguments.overrides
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"{override!r} is no override: write key.sub=value, such as train.steps=100")
+    return overrides
 
 
 def _is_rank(place: Place) -> bool:
@@ -215,6 +263,26 @@ def _processes(config: Config, asked: int | None) -> int:
     if 0 < gpus < asked:
         raise UsageError(f"--nproc {asked} needs as many GPUs and this machine has {gpus}: use {gpus} or fewer")
     return asked
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from ..configs.loading import load_config
+    from .environment import find_place
+
+    overrides, place = _overrides(arguments), find_place()
+    if _is_rank(place):
+        raise UsageError(f"trine parity starts its own ranks: run it by itself, without {place.source}")
+    from .parity_command import run_parity
+
+    return run_parity(
+        load_config(arguments.config, overrides),
+        str(arguments.config),
+        layouts=arguments.layouts,
+        steps=arguments.steps,
+        seconds=arguments.timeout,
+        device=arguments.device,
+        json_target=arguments.json,
+    )
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from ..configs.schema import Config
-from ..configs.stack import expand
+from ..configs.stack import context_order
+from ..parallel.context import ContextParallel, SequenceShare
 from ..parallel.engine_config import engine_config
 from ..parallel.parameters import initialise
 from ..parallel.pipeline import stages_of
 from ..parallel.topology import Topology
 from .language_model import LanguageModel
 from .site import Site
+from .split import pipeline_split
 
 
 def build_chunks(config: Config, topology: Topology) -> list[LanguageModel]:
@@ -17,20 +19,26 @@ def build_chunks(config: Config, topology: Topology) -> list[LanguageModel]:
 
     The first parameters are the same whatever the layout. ``model.vocabulary_size`` must be known.
     """
-    layout = topology.layout
-    site = Site(config.model, engine_config(config, topology.device), topology.groups, topology.device)
-    stages = stages_of(
-        len(expand(config.model.stack)), layout.pipeline, layout.virtual_pipeline, topology.pipeline_rank
-    )
+    layout, groups = topology.layout, topology.groups
+    site = Site(config.model, engine_config(config, topology.device), groups, topology.device, config.train.recompute)
+    context = ContextParallel(share_of(config, topology), groups.cp, config.parallel.context_exchange)
+    split = pipeline_split(config)
+    stages = stages_of(split, layout.pipeline, topology.pipeline_rank)
     interleaved = layout.virtual_pipeline > 1
     chunks = [
-        LanguageModel(site, stage, config.train.sequence_length, number if interleaved else None)
+        LanguageModel(site, split, stage, context, number if interleaved else None)
         for number, stage in enumerate(stages)
     ]
     if topology.device.type != "meta":
         for chunk in chunks:
             initialise(chunk, chunk.global_name, config.train.seed, topology.tensor_rank, layout.tensor)
     return chunks
+
+
+def share_of(config: Config, topology: Topology) -> SequenceShare:
+    """Which tokens of each sequence this rank holds."""
+    size, rank = topology.layout.context, int(topology.groups.cp.rank())
+    return SequenceShare(config.train.sequence_length, size, rank, context_order(config.model.stack))
 
 
 def local_parameters(chunks: list[LanguageModel]) -> int:

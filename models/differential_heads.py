@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ..kernels.differential import differential_attention
 from ..kernels.norm import rms_norm
 from ..parallel.parameters import ONES, Law, replicated
 from ..parallel.regions import in_head_region
+from .over_context import SoftmaxCore
 from .site import Site
 
 SUB_NORM_EPS = 1e-5
@@ -45,8 +47,14 @@ class DifferentialHeads(nn.Module):
         q1, k1, q2, k2 = (in_head_region(v, self.groups) for v in vectors)
         return torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + self.lambda_init
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B, 2h, S, d), k (B, 2g, S, d), v (B, g, S, 2d), head 2i + s being map s of pair i -> (B, h, S, 2d)."""
-        o = differential_attention(q, k, v, self.current_lambda())
+    def core(self) -> SoftmaxCore:
+        """The attention of the pairs: q (B, 2h, S, d), k (B, 2g, S, d), v (B, g, S, 2d) -> (B, h, S, 2d).
+
+        Head 2i + s is map s of pair i.
+        """
+        return partial(differential_attention, lam=self.current_lambda())
+
+    def norm(self, o: Tensor) -> Tensor:
+        """The norm of each pair's values, (B, h, S, 2d)."""
         o = rms_norm(o, in_head_region(self.sub_norm, self.groups), SUB_NORM_EPS)
         return o * (1.0 - self.lambda_init)

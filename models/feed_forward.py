@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..configs.schema import Model
 from ..kernels.activation import swiglu
 from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.parameters import Section, linear_default
+from .recompute import recomputed
 from .site import Site
 
 
@@ -17,19 +19,27 @@ class FeedForward(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         model = site.model
-        self.width, self.inner = width, inner = model.hidden_size, model.ffn_hidden_size
+        self.site = site
+        width, inner = model.hidden_size, model.ffn_hidden_size
         names = ("fc1", "gate") if model.ffn_activation == "swiglu" else ("fc1",)
-        self.products = len(names) + 1
         sections = [Section(name, (inner, width), linear_default(width)) for name in names]
         self.input = ColumnLinear(width, sections, site.engine, site.groups)
         self.fc2 = RowLinear(inner, width, linear_default(inner), site.engine, site.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """(S_local, B, D) -> (S_local, B, D)."""
-        activated, *linear = self.input(x)
-        out: Tensor = self.fc2(swiglu(activated, linear[0]) if linear else F.gelu(activated))
+        branches = self.input(x)
+        selective = self.site.recompute == "selective"
+        activated = recomputed(_activate, *branches) if selective else _activate(*branches)
+        out: Tensor = self.fc2(activated)
         return out
 
-    def flops_per_token(self) -> float:
+    @staticmethod
+    def flops_per_token(model: Model) -> float:
         """Forward operations per token, over all tensor ranks."""
-        return 2.0 * self.products * self.width * self.inner
+        products = 3 if model.ffn_activation == "swiglu" else 2
+        return 2.0 * products * model.hidden_size * model.ffn_hidden_size
+
+
+def _activate(activated: Tensor, linear: Tensor | None = None) -> Tensor:
+    return F.gelu(activated) if linear is None else swiglu(activated, linear)

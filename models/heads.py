@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..configs.stack import Rotary
 from ..kernels.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from ..parallel.context import SequenceShare
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -22,12 +23,15 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
-def _tables(length: int, head_dim: int, rope: Rotary, device: torch.device) -> tuple[Tensor, Tensor]:
+def _tables(share: SequenceShare, head_dim: int, rope: Rotary, device: torch.device) -> tuple[Tensor, Tensor]:
     frequencies = rotary_frequencies(head_dim, rope.theta, rope.spacing).to(device)
-    return rotary_tables(torch.arange(length, device=device), frequencies)
+    return rotary_tables(share.positions.to(device), frequencies)
 
 
-def rotate(x: Tensor, rope: Rotary) -> Tensor:
-    """Rotary embedding of (B, heads, S, d) at positions 0..S-1, in fp32, cast back."""
-    cos, sin = _tables(x.shape[-2], x.shape[-1], rope, x.device)
+def rotate(x: Tensor, rope: Rotary, share: SequenceShare) -> Tensor:
+    """Rotary embedding of (B, heads, S_local, d) at the positions that this rank holds, in fp32, cast back.
+
+    Positions count from the start of the window, also within later documents: only their differences matter.
+    """
+    cos, sin = _tables(share, x.shape[-1], rope, x.device)
     return apply_rotary(x, cos, sin)

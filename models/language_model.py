@@ -11,11 +11,14 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from ..configs.stack import carried_kv, expand
+from ..parallel.context import ContextParallel
 from ..parallel.linear import Embedding, OutputLayer
 from ..parallel.parameters import Law, linear_default
 from ..parallel.pipeline import Stage, pack, unpack
 from .decoder import Decoder
+from .flops import head_flops, layer_flops
 from .norm import RMSNorm
+from .sequences import Sequences
 from .site import Site
 
 
@@ -26,11 +29,14 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
     Megatron-Core's schedules expect, and returns the boundary tensor for the next.
     """
 
-    def __init__(self, site: Site, stage: Stage, sequence_length: int, chunk: int | None = None) -> None:
+    def __init__(
+        self, site: Site, split: tuple[int, ...], stage: Stage, context: ContextParallel, chunk: int | None = None
+    ) -> None:
+        """``stage`` is one of the chunks into which ``split`` cuts the layers; ``chunk`` its number on this rank."""
         super().__init__(config=site.engine)
         model = site.model
         width, rows = model.hidden_size, model.padded_vocabulary()
-        self.site, self.stage, self.sequence_length = site, stage, sequence_length
+        self.site, self.split, self.stage, self.context = site, split, stage, context
         # Names that Megatron-Core's schedules and gradient finalisation look for.
         self.vp_stage = chunk
         self.model_type = ModelType.encoder_or_decoder
@@ -56,19 +62,23 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
         """Receive the boundary tensor of the previous stage; called by the schedules."""
         self._input = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Run this stage.
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, document_start: Tensor | None = None
+    ) -> Tensor:
+        """Run this stage on whole sequences, of which it takes this context rank's share.
 
         Args:
             tokens: (B, S) token ids; read by the first stage alone.
             labels: (B, S) ids to predict; read by the last stage alone.
+            document_start: (B, S) position at which each token's document starts, where documents are kept apart.
 
         Returns:
-            The boundary tensor (S_local, B, W) of a stage that is not the last; else the loss of every token
-            (B, S) in fp32, or the logits (S, B, vocabulary / tensor size) where no labels are given.
+            The boundary tensor (S_local, B, W) of a stage that is not the last; else the loss of every token of
+            this rank (B, S / context size) in fp32, or their logits (S / context size, B, vocabulary / tensor size)
+            where no labels are given.
         """
-        x, kv = self._enter(tokens)
-        x, kv = self.decoder(x, kv)
+        x, kv = self._enter(self.context.share.take(tokens, dim=1))
+        x, kv = self.decoder(x, kv, Sequences(self.context, document_start, self.site.recompute != "none"))
         if not self.post_process:
             return make_viewless_tensor(  # type: ignore[no-any-return]
                 pack(x, kv if self.sends_kv else None), requires_grad=True, keep_graph=True
@@ -76,7 +86,8 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
         logits: Tensor = self.output(self.final_norm(x), self.shared_embedding_or_output_weight())
         if labels is None:
             return logits
-        loss: Tensor = vocab_parallel_cross_entropy(logits.float(), labels.transpose(0, 1).contiguous())
+        mine = self.context.share.take(labels, dim=1)
+        loss: Tensor = vocab_parallel_cross_entropy(logits.float(), mine.transpose(0, 1).contiguous())
         return loss.transpose(0, 1).contiguous()
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
@@ -89,10 +100,9 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
 
     def flops_per_token(self) -> float:
         """Forward operations of this stage's matrix products per token, over all tensor ranks."""
-        flops = self.decoder.flops_per_token(self.sequence_length)
-        if self.post_process:
-            flops += 2.0 * self.site.model.hidden_size * self.site.model.padded_vocabulary()
-        return flops
+        model, plans = self.site.model, self.plans[self.stage.first : self.stage.last]
+        flops = sum(layer_flops(plan, model, self.context.share.length) for plan in plans)
+        return flops + (head_flops(model) if self.post_process else 0.0)
 
     def _mark_tied(self) -> None:
         """Tell Megatron-Core of a weight that two stages hold, the last one as a copy (``shared``).
@@ -127,4 +137,4 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
             return (x * x.shape[-1] ** 0.5 if self.site.model.embedding_scale else x), None
         if self._input is None:
             raise RuntimeError("a pipeline stage ran before it received its input")
-        return unpack(self._input, self.site.model.hidden_size, self.sequence_length)
+        return unpack(self._input, self.site.model.hidden_size, self.context.share.local_length)

@@ -10,6 +10,7 @@ from ..parallel.linear import ColumnLinear
 from ..parallel.parameters import Section, linear_default
 from .heads import merge_heads, rotate, split_heads
 from .norm import RMSNorm
+from .sequences import Sequences
 from .site import Site
 
 
@@ -30,15 +31,16 @@ class SharedKVProducer(nn.Module):
         sections = [Section(name, (kv.kv_heads * kv.head_dim, hidden), law) for name in ("key", "value")]
         self.input = ColumnLinear(hidden, sections, site.engine, site.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(S_local, B, D) -> (S, B, 2 * heads * d)."""
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """(S_local, B, D) -> (S, B, 2 * heads * d), S being the tokens of this context rank."""
         k, v = self.input(self.norm(x))
-        k = merge_heads(rotate(split_heads(k, self.heads), self.kv.rope))
+        k = merge_heads(rotate(split_heads(k, self.heads), self.kv.rope, sequences.share))
         return torch.cat([k, v], dim=-1)
 
-    def flops_per_token(self) -> float:
+    @staticmethod
+    def flops_per_token(kv: SharedKV, hidden_size: int) -> float:
         """Forward operations per token, over all tensor ranks."""
-        return 4.0 * self.norm.weight.shape[0] * self.kv.kv_heads * self.kv.head_dim
+        return 4.0 * hidden_size * kv.kv_heads * kv.head_dim
 
 
 def shared_keys_values(packed: Tensor) -> tuple[Tensor, Tensor]:

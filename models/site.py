@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,6 +20,8 @@ class Site:
     engine: TransformerConfig
     groups: ProcessGroupCollection
     device: torch.device
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Which activations the backward pass computes again (``train.recompute``)."""
     layer: int = 0
     """Global index of the layer, from 0: never the index within a pipeline stage."""
 

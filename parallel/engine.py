@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from ..configs.schema import Config
 from ..configs.stack import expand
 from .engine_config import DTYPES
+from .microbatch import Microbatches
 from .optimizer_state import mended_optimizer
 from .pipeline import KVCarryCommunicator
 from .topology import Topology, from_last_stage, sum_over_data
-
-Microbatches = Iterator[tuple[Tensor, Tensor]]
-"""(tokens, labels), each (micro_batch_size, sequence_length) int64, one pair per microbatch of a step."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Engine:
         train, layout = self.config.train, self.topology.layout
         iterators = list(itertools.tee(microbatches, len(self.parallel_chunks)))
         arguments: dict[str, Any] = dict(
-            forward_step_func=_forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.parallel_chunks if len(iterators) > 1 else self.parallel_chunks[0],
             num_microbatches=num_microbatches,
@@ -125,11 +123,27 @@ class Engine:
             communicator.check_finished()
         return self._mean_loss(reports)
 
+    def _forward_step(
+        self, microbatches: Microbatches, model: nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
+        """Megatron-Core's callback for one microbatch on one stage."""
+        return model(*next(microbatches)), self._loss
+
+    def _loss(self, per_token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's part of the microbatch's mean loss, and the mean over its own tokens as a report.
+
+        Gradients are averaged over data and context ranks, and the schedule multiplies by the context size to make
+        a sum over context ranks of it: so each part is divided by the tokens of the whole sequences.
+        """
+        mean = per_token.mean()
+        return mean / self.topology.layout.context, {"loss": mean.detach()}
+
     def _communicator(self, num_microbatches: int, forward_only: bool) -> KVCarryCommunicator:
         train, engine = self.config.train, self.engine_config
         rows = train.sequence_length // engine.context_parallel_size
         return KVCarryCommunicator(
             expand(self.config.model.stack), engine, self.topology.groups,
+            split=self.chunks[0].split,
             rows=rows // engine.tensor_model_parallel_size if engine.sequence_parallel else rows,
             micro_batch_size=train.micro_batch_size,
             num_microbatches=num_microbatches,
@@ -144,18 +158,6 @@ class Engine:
             loss = sum_over_data(torch.stack([losses.sum(), losses.new_tensor(float(len(reports)))]), self.topology)
         total, count = from_last_stage(loss, self.topology)
         return float(total / count)
-
-
-def _forward_step(microbatches: Microbatches, model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Megatron-Core's callback for one microbatch on one stage."""
-    tokens, labels = next(microbatches)
-    return model(tokens, labels), _loss
-
-
-def _loss(per_token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = per_token.mean()
-    # The schedule scales the loss in place, so the report needs storage of its own.
-    return loss, {"loss": loss.detach().clone()}
 
 
 def _cast(chunks: list[Any], dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -33,12 +34,21 @@ class Stage:
     has_output: bool
 
 
-def stages_of(layers: int, pipeline: int, virtual_pipeline: int, pipeline_rank: int) -> list[Stage]:
-    """The chunks of one pipeline rank. Chunk c of rank r is number c * pipeline + r along the model."""
-    chunks = pipeline * virtual_pipeline
-    per_chunk = layers // chunks
-    numbers = [chunk * pipeline + pipeline_rank for chunk in range(virtual_pipeline)]
-    return [Stage(n * per_chunk, (n + 1) * per_chunk, n == 0, n == chunks - 1) for n in numbers]
+def stages_of(split: tuple[int, ...], pipeline: int, pipeline_rank: int) -> list[Stage]:
+    """The chunks of one pipeline rank, where ``split`` counts the layers of each chunk along the model.
+
+    Chunk c of rank r is number c * pipeline + r along the model.
+    """
+    starts = starts_of(split)
+    return [
+        Stage(starts[n], starts[n] + split[n], n == 0, n == len(split) - 1)
+        for n in range(pipeline_rank, len(split), pipeline)
+    ]
+
+
+def starts_of(split: tuple[int, ...]) -> list[int]:
+    """The first layer of each pipeline chunk."""
+    return [0, *accumulate(split[:-1])]
 
 
 def kv_width(kv: SharedKV, config: TransformerConfig) -> int:
@@ -54,12 +64,12 @@ def pack(hidden: Tensor, kv: Tensor | None) -> Tensor:
     return torch.cat([hidden, kv.reshape(*hidden.shape[:2], -1)], dim=-1)
 
 
-def unpack(boundary: Tensor, hidden_size: int, sequence_length: int) -> tuple[Tensor, Tensor | None]:
-    """The inverse of ``pack``: hidden (S_local, B, D) and K,V (sequence_length, B, W) or None."""
+def unpack(boundary: Tensor, hidden_size: int, local_length: int) -> tuple[Tensor, Tensor | None]:
+    """The inverse of ``pack``: hidden (S_local, B, D) and K,V (local_length, B, W) or None."""
     if boundary.shape[-1] == hidden_size:
         return boundary, None
     hidden, kv = torch.split(boundary, [hidden_size, boundary.shape[-1] - hidden_size], dim=-1)
-    return hidden.contiguous(), kv.reshape(sequence_length, boundary.shape[1], -1)
+    return hidden.contiguous(), kv.reshape(local_length, boundary.shape[1], -1)
 
 
 class KVCarryCommunicator(P2PCommunicator):  # type: ignore[misc]
@@ -75,22 +85,23 @@ class KVCarryCommunicator(P2PCommunicator):  # type: ignore[misc]
         config: TransformerConfig,
         groups: ProcessGroupCollection,
         *,
+        split: tuple[int, ...],
         rows: int,
         micro_batch_size: int,
         num_microbatches: int,
         forward_only: bool,
     ) -> None:
-        """``rows`` is the local sequence length of the hidden state."""
+        """``split`` counts the layers of each chunk; ``rows`` is the local sequence length of the hidden state."""
         private = copy.copy(config)
         private.variable_seq_lengths = True
         super().__init__(groups.pp, private)
         self._rows, self._batch, self._hidden = rows, micro_batch_size, int(config.hidden_size)
         stage, stages = groups.pp.rank(), groups.pp.size()
         chunks = config.virtual_pipeline_model_parallel_size or 1
-        per_chunk = len(plans) // (stages * chunks)
+        starts = starts_of(split)
 
         def input_width(number: int) -> int:
-            kv = carried_kv(plans, number * per_chunk)
+            kv = carried_kv(plans, starts[number])
             return self._hidden + (0 if kv is None else kv_width(kv, config))
 
         order = _chunk_order(num_microbatches, chunks, config)

@@ -9,8 +9,9 @@ import torch
 
 from .. import __version__
 from ..configs.schema import Config
-from ..configs.stack import SharedKVSegment
+from ..configs.stack import SharedKVSegment, context_order
 from ..kernels.dispatch import explain
+from ..models.split import pipeline_split
 from ..parallel.topology import Topology
 from .place import Place
 
@@ -32,6 +33,8 @@ def banner(config: Config, topology: Topology, place: Place, parameters: list[in
         "precision": f"{config.precision.compute} compute, fp32 gradients, master weights and optimizer state",
         "optimizer": _optimizer(config),
         "batch": _batch(config, topology),
+        "documents": _documents(config),
+        "activations": _activations(config),
         "run": f"{config.run.directory}, {start}",
     }
     lines = [f"trine {__version__}"] + [f"  {name:<11}{text}" for name, text in rows.items()]
@@ -73,7 +76,32 @@ def _layout(topology: Topology, config: Config) -> str:
     }
     text = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no parallelism"
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
-    return f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}: {text}{sequence}"
+    order = f"; each sequence dealt out in {context_order(config.model.stack)} chunks" if layout.context > 1 else ""
+    ranks = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
+    return f"{ranks}: {text}{sequence}{order}{_chunks(config, topology)}"
+
+
+def _chunks(config: Config, topology: Topology) -> str:
+    if topology.layout.pipeline == 1:
+        return ""
+    split, asked = pipeline_split(config), config.parallel.pipeline_split
+    how = asked if isinstance(asked, str) else "as asked"
+    return f"; layers {' + '.join(map(str, split))} ({how})"
+
+
+def _activations(config: Config) -> str:
+    kept = {
+        "none": "kept for the backward pass",
+        "selective": "between matrix products computed again (selective recompute)",
+        "full": "of all but each layer's input computed again (full recompute)",
+    }
+    return kept[config.train.recompute]
+
+
+def _documents(config: Config) -> str:
+    if config.train.document_masking:
+        return "kept apart: attention masked, recurrent state reset"
+    return "a window is one text (train.document_masking=false)"
 
 
 def _optimizer(config: Config) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..configs.schema import Config
 from ..data_pipeline.dataset import TokenDataset
 from ..data_pipeline.loader import Batch, BatchLoader, SampleOrder, SequentialOrder
+from ..parallel.microbatch import Microbatch
 from ..parallel.topology import Topology
 
 
@@ -19,6 +19,7 @@ class RunData:
 
     def __init__(self, config: Config, topology: Topology) -> None:
         self._batch_size = config.train.global_batch_size
+        self._masks_documents = config.train.document_masking
         self._device = topology.device
         directory, length = config.data.directory, config.train.sequence_length
         training = TokenDataset(directory, "train", length)
@@ -34,11 +35,11 @@ class RunData:
             validation = TokenDataset(directory, "validation", length)
             self._validation = BatchLoader(validation, SequentialOrder(len(validation)), **place)
 
-    def training(self, consumed_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training(self, consumed_samples: int) -> Iterator[Microbatch]:
         """This rank's microbatches of the step that starts after ``consumed_samples``."""
         return self._on_device(self._training.microbatches(consumed_samples, self._batch_size))
 
-    def validation(self, batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def validation(self, batches: int) -> Iterator[Microbatch]:
         """This rank's microbatches of the first ``batches`` global batches of the held-out split."""
         if self._validation is None:
             raise RuntimeError("the run has no validation split: evaluation.interval is 0")
@@ -52,10 +53,13 @@ class RunData:
         """Raise UsageError where a checkpoint's cursor belongs to other data, another seed or another length."""
         self._training.check_state(state)
 
-    def _on_device(self, batches: Iterator[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Microbatch]:
         for batch in batches:
-            yield _moved(batch.tokens, self._device), _moved(batch.labels, self._device)
+            yield Microbatch(
+                self._moved(batch.tokens),
+                self._moved(batch.labels),
+                self._moved(batch.document_start) if self._masks_documents else None,
+            )
 
-
-def _moved(ids: Tensor, device: torch.device) -> Tensor:
-    return ids.to(device, non_blocking=True)
+    def _moved(self, ids: Tensor) -> Tensor:
+        return ids.to(self._device, non_blocking=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import RankPool
+
+from trine.launch.pool import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -45,6 +46,5 @@ def golden() -> Callable[[str], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Worker processes for distributed tests, started when first used and kept for the session."""
-    pool = RankPool()
-    yield pool
-    pool.close()
+    with RankPool(seconds=240) as pool:
+        yield pool

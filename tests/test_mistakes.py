@@ -39,10 +39,10 @@ MISTAKES = {
         ["parallel.tensor=3"],
         "model.stack.0.heads=4 cannot be divided over parallel.tensor=3: the tensor sizes that fit this model are 1, 2",
     ),
-    "layers that the pipeline does not divide": (
-        ["parallel.pipeline=4"],
-        "the 6 layers of model.stack cannot be divided evenly over parallel.pipeline=4: "
-        "the numbers that divide them are 1, 2, 3, 6",
+    "a pipeline split that does not add up": (
+        ["parallel.pipeline_split=[3, 4]"],
+        "parallel.pipeline_split=[3, 4] puts 7 layers into 2 chunks, and model.stack has 6 layers for the 2 chunks of "
+        "parallel.pipeline=2: use for example [3, 3], or balanced",
     ),
     "a batch that the ranks do not divide": (
         ["train.global_batch_size=6", "--nproc", "8"],

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ...configs.stack import MixerSegment, SharedKV
 from ...parallel.linear import ColumnLinear, RowLinear
 from ...parallel.parameters import Law, Section
+from ..recompute import recomputed
+from ..sequences import Sequences
 from ..site import Site
 
 SegmentT = TypeVar("SegmentT", bound=MixerSegment)
@@ -20,7 +22,13 @@ RETENTION_GAIN = 2**-2.5
 
 
 class Mixer(nn.Module, ABC, Generic[SegmentT]):
-    """Base of the mixers. ``heads`` counts this rank's heads; ``width`` is that of one query/key head."""
+    """Base of the mixers: ``input`` projections, what happens between them (``mix``), and the ``output`` projection.
+
+    ``heads`` counts this rank's heads; ``width`` is that of one query/key head.
+    """
+
+    input: ColumnLinear
+    output: RowLinear
 
     def __init__(self, segment: SegmentT, site: Site, shared_kv: SharedKV | None) -> None:
         super().__init__()
@@ -28,15 +36,29 @@ class Mixer(nn.Module, ABC, Generic[SegmentT]):
         self.heads = segment.heads // site.tensor_size
         self.width = segment.width(site.model.hidden_size)
 
-    @abstractmethod
-    def forward(self, x: Tensor, kv: Tensor | None) -> Tensor:
-        """Mix x (S_local, B, D); ``kv`` is the shared K,V (S, B, W) in force, or None. Returns (S_local, B, D)."""
+    def forward(self, x: Tensor, kv: Tensor | None, sequences: Sequences) -> Tensor:
+        """Mix x (S_local, B, D); ``kv`` is the shared K,V of whole sequences, (S, B, W), for a cross mixer.
+
+        Returns (S_local, B, D).
+        """
+        projections = self.input(x)
+        inputs = (sequences, kv, *projections)
+        mixed = recomputed(self.mix, *inputs) if self.site.recompute == "selective" else self.mix(*inputs)
+        out: Tensor = self.output(mixed)
+        return out
 
     @abstractmethod
-    def flops_per_token(self, sequence_length: int) -> float:
+    def mix(self, sequences: Sequences, kv: Tensor | None, *projections: Tensor) -> Tensor:
+        """From the input projections, each (S, B, W) of this rank's tokens and heads, to the output's input."""
+
+    @classmethod
+    @abstractmethod
+    def flops_per_token(
+        cls, segment: SegmentT, shared_kv: SharedKV | None, hidden_size: int, sequence_length: int
+    ) -> float:
         """Forward floating-point operations of the whole mixer (all ranks) per token, projections included.
 
-        Causal attention is counted over the mean number of keys, (S + 1) / 2.
+        Causal attention is counted over the mean number of keys, (S + 1) / 2, whatever the documents.
         """
 
     def project_in(self, rows: dict[str, int], law: Law) -> ColumnLinear:
@@ -53,9 +75,10 @@ class Mixer(nn.Module, ABC, Generic[SegmentT]):
         """The row-parallel product back to the hidden width."""
         return RowLinear(columns, self.site.model.hidden_size, law, self.site.engine, self.site.groups)
 
-    def projection_flops(self, elements_per_hidden: int) -> float:
-        """Operations per token of projections with this many rows and columns in total."""
-        return 2.0 * self.site.model.hidden_size * elements_per_hidden
+
+def projection_flops(hidden_size: int, rows_and_columns: int) -> float:
+    """Operations per token of projections from and to the hidden width with this many rows and columns in total."""
+    return 2.0 * hidden_size * rows_and_columns
 
 
 def mean_keys(sequence_length: int, window: int | None = None) -> float:

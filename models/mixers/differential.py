@@ -8,8 +8,10 @@ from ...configs.stack import DifferentialSegment, SharedKV
 from ...parallel.parameters import linear_default
 from ..differential_heads import DifferentialHeads
 from ..heads import merge_heads, rotate, split_heads
+from ..over_context import attend
+from ..sequences import Sequences
 from ..site import Site
-from .base import Mixer, mean_keys
+from .base import Mixer, mean_keys, projection_flops
 
 
 class Differential(Mixer[DifferentialSegment]):
@@ -27,17 +29,19 @@ class Differential(Mixer[DifferentialSegment]):
         self.differential = DifferentialHeads(self.width, site)
         self.output = self.project_out(queries, linear_default(queries))
 
-    def forward(self, x: Tensor, kv: Tensor | None) -> Tensor:
-        q, k, v = self.input(x)
-        q = rotate(split_heads(q, 2 * self.heads), self.segment.rope)
-        k = rotate(split_heads(k, 2 * self.groups), self.segment.rope)
-        o = self.differential(q, k, split_heads(v, self.groups))
-        out: Tensor = self.output(merge_heads(o))
-        return out
+    def mix(self, sequences: Sequences, kv: Tensor | None, *projections: Tensor) -> Tensor:
+        q, k, v = projections
+        q = rotate(split_heads(q, 2 * self.heads), self.segment.rope, sequences.share)
+        k = rotate(split_heads(k, 2 * self.groups), self.segment.rope, sequences.share)
+        o = attend(self.differential.core(), q, k, split_heads(v, self.groups), sequences=sequences)
+        return merge_heads(self.differential.norm(o))
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        segment = self.segment
-        projections = self.projection_flops(4 * self.width * (segment.heads + segment.groups))
+    @classmethod
+    def flops_per_token(
+        cls, segment: DifferentialSegment, shared_kv: SharedKV | None, hidden_size: int, sequence_length: int
+    ) -> float:
+        width = segment.width(hidden_size)
+        projections = projection_flops(hidden_size, 4 * width * (segment.heads + segment.groups))
         # Two score maps of width d and one product with values of width 2d: 6d multiply-adds were it two
         # products; the difference of the maps is taken first, so the values are read once.
-        return projections + 2 * 4 * segment.heads * self.width * mean_keys(sequence_length)
+        return projections + 2 * 4 * segment.heads * width * mean_keys(sequence_length)

@@ -9,8 +9,10 @@ from ...configs.stack import DifferentialV2Segment, SharedKV
 from ...kernels.differential import differential_attention_v2
 from ...parallel.parameters import linear_default
 from ..heads import merge_heads, rotate, split_heads
+from ..over_context import attend
+from ..sequences import Sequences
 from ..site import Site
-from .base import Mixer, mean_keys
+from .base import Mixer, mean_keys, projection_flops
 
 
 class DifferentialV2(Mixer[DifferentialV2Segment]):
@@ -27,16 +29,24 @@ class DifferentialV2(Mixer[DifferentialV2Segment]):
         self.input = self.project_in(rows, linear_default(site.model.hidden_size))
         self.output = self.project_out(outputs, linear_default(outputs))
 
-    def forward(self, x: Tensor, kv: Tensor | None) -> Tensor:
-        q, k, v, lam = self.input(x)
-        q = rotate(split_heads(q, 2 * self.heads), self.segment.rope)
-        k = rotate(split_heads(k, self.groups), self.segment.rope)
-        lam = torch.sigmoid(lam.float() if lam.dtype != torch.float64 else lam).permute(1, 2, 0)  # (B, heads, S)
-        o = differential_attention_v2(q, k, split_heads(v, self.groups), lam)
-        out: Tensor = self.output(merge_heads(o))
-        return out
+    def mix(self, sequences: Sequences, kv: Tensor | None, *projections: Tensor) -> Tensor:
+        q, k, v, lam = projections
+        q = rotate(split_heads(q, 2 * self.heads), self.segment.rope, sequences.share)
+        k = rotate(split_heads(k, self.groups), self.segment.rope, sequences.share)
+        v, lam = split_heads(v, self.groups), split_heads(lam, self.heads)
+        return merge_heads(attend(_attention, q, k, v, lam, sequences=sequences))
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        segment = self.segment
-        projections = self.projection_flops(self.width * (3 * segment.heads + 2 * segment.groups) + segment.heads)
-        return projections + 8 * segment.heads * self.width * mean_keys(sequence_length)
+    @classmethod
+    def flops_per_token(
+        cls, segment: DifferentialV2Segment, shared_kv: SharedKV | None, hidden_size: int, sequence_length: int
+    ) -> float:
+        width = segment.width(hidden_size)
+        rows = width * (3 * segment.heads + 2 * segment.groups) + segment.heads
+        return projection_flops(hidden_size, rows) + 8 * segment.heads * width * mean_keys(sequence_length)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *logits: Tensor, document_start: Tensor | None) -> Tensor:
+    """The kernel, with lambda's logits (B, heads, Sq, 1) as the queries' further input; the sigmoid is in fp32."""
+    (logit,) = logits
+    lam = torch.sigmoid(logit.squeeze(-1) if logit.dtype == torch.float64 else logit.squeeze(-1).float())
+    return differential_attention_v2(q, k, v, lam, document_start=document_start)

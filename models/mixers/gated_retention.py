@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from ...configs.stack import GatedRetentionSegment, SharedKV
 from ...kernels.norm import rms_norm
-from ...kernels.retention import retention
 from ...parallel.parameters import Section, xavier_uniform
 from ..heads import merge_heads, rotate, split_heads
+from ..over_context import retain
+from ..sequences import Sequences
 from ..site import Site
-from .base import RETENTION_GAIN, Mixer
+from .base import RETENTION_GAIN, Mixer, projection_flops
 from .retention import CHUNK, mean_chunk
 
 
@@ -28,19 +29,20 @@ class GatedRetention(Mixer[GatedRetentionSegment]):
         )
         self.output = self.project_out(full, xavier_uniform(full, hidden, 2**-1.0))
 
-    def forward(self, x: Tensor, kv: Tensor | None) -> Tensor:
-        q, k, v, gate, decay = self.input(x)
-        q = rotate(split_heads(q, self.heads), self.segment.rope)
-        k = rotate(split_heads(k, self.heads), self.segment.rope) * self.width**-0.5
+    def mix(self, sequences: Sequences, kv: Tensor | None, *projections: Tensor) -> Tensor:
+        q, k, v, gate, decay = projections
+        q = rotate(split_heads(q, self.heads), self.segment.rope, sequences.share)
+        k = rotate(split_heads(k, self.heads), self.segment.rope, sequences.share) * self.width**-0.5
         decay = decay.permute(1, 2, 0)  # (B, heads, S)
         decay = decay if decay.dtype == torch.float64 else decay.float()
         log_decay = F.logsigmoid(decay) / self.segment.gate_normalizer
-        o, _ = retention(q, k, split_heads(v, self.heads), log_decay, chunk_size=CHUNK)
-        o = merge_heads(rms_norm(o, None, self.segment.norm_eps))
-        out: Tensor = self.output(F.silu(gate) * o)
-        return out
+        o = retain(q, k, split_heads(v, self.heads), log_decay, chunk_size=CHUNK, sequences=sequences)
+        return F.silu(gate) * merge_heads(rms_norm(o, None, self.segment.norm_eps))
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        heads, width = self.segment.heads, self.width
-        projections = self.projection_flops(heads * (5 * width + 1))
+    @classmethod
+    def flops_per_token(
+        cls, segment: GatedRetentionSegment, shared_kv: SharedKV | None, hidden_size: int, sequence_length: int
+    ) -> float:
+        heads, width = segment.heads, segment.width(hidden_size)
+        projections = projection_flops(hidden_size, heads * (5 * width + 1))
         return projections + heads * (4 * mean_chunk(min(CHUNK, sequence_length)) * width + 4 * width * width)

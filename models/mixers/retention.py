@@ -7,11 +7,13 @@ from torch.nn import functional as F
 
 from ...configs.stack import RetentionSegment, SharedKV
 from ...kernels.norm import rms_norm
-from ...kernels.retention import fixed_decay_log, retention
+from ...kernels.retention import fixed_decay_log
 from ...parallel.parameters import Section, xavier_uniform
 from ..heads import merge_heads, rotate, split_heads
+from ..over_context import retain
+from ..sequences import Sequences
 from ..site import Site
-from .base import RETENTION_GAIN, Mixer
+from .base import RETENTION_GAIN, Mixer, projection_flops
 
 CHUNK = 128
 
@@ -34,14 +36,13 @@ class Retention(Mixer[RetentionSegment]):
         )
         self.output = self.project_out(values, xavier_uniform(values, hidden, 2**-1.0))
 
-    def forward(self, x: Tensor, kv: Tensor | None) -> Tensor:
-        q, k, v, gate = self.input(x)
-        q = rotate(split_heads(q, self.heads), self.segment.rope)
-        k = rotate(split_heads(k, self.heads), self.segment.rope) * self.width**-0.5
-        o, _ = retention(q, k, split_heads(v, self.heads), self._log_decay(q), chunk_size=CHUNK)
-        o = merge_heads(rms_norm(o, None, self.segment.norm_eps))
-        out: Tensor = self.output(F.silu(gate) * o)
-        return out
+    def mix(self, sequences: Sequences, kv: Tensor | None, *projections: Tensor) -> Tensor:
+        q, k, v, gate = projections
+        q = rotate(split_heads(q, self.heads), self.segment.rope, sequences.share)
+        k = rotate(split_heads(k, self.heads), self.segment.rope, sequences.share) * self.width**-0.5
+        v = split_heads(v, self.heads)
+        o = retain(q, k, v, self._log_decay(q), chunk_size=CHUNK, sequences=sequences)
+        return F.silu(gate) * merge_heads(rms_norm(o, None, self.segment.norm_eps))
 
     def _log_decay(self, like: Tensor) -> Tensor:
         first = self.site.tensor_rank * self.heads
@@ -50,10 +51,14 @@ class Retention(Mixer[RetentionSegment]):
         )
         return decay.to(like.device)
 
-    def flops_per_token(self, sequence_length: int) -> float:
-        heads, keys, values = self.segment.heads, self.width, self.value_width
+    @classmethod
+    def flops_per_token(
+        cls, segment: RetentionSegment, shared_kv: SharedKV | None, hidden_size: int, sequence_length: int
+    ) -> float:
+        heads, keys = segment.heads, segment.width(hidden_size)
+        values = segment.value_head_dim or keys
         chunk = min(CHUNK, sequence_length)
-        projections = self.projection_flops(heads * (2 * keys + 3 * values))
+        projections = projection_flops(hidden_size, heads * (2 * keys + 3 * values))
         return projections + heads * (2 * mean_chunk(chunk) * (keys + values) + 4 * keys * values)
 
 

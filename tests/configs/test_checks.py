@@ -15,6 +15,7 @@ Load = Callable[..., Config]
 DIFFERENTIAL_CROSS = "model.stack.2={mixer: differential_cross_attention, layers: 2, heads: 4}"
 ATTENTION = "model.stack=[{mixer: attention, layers: 4, heads: 4}]"
 DIFFERENTIAL = "model.stack=[{mixer: differential, layers: 4, heads: 4}]"
+RETENTION = "model.stack=[{mixer: retention, layers: 4, heads: 4}]"
 TWO_SHARED = (
     "model.stack=[{shared_kv: {kv_heads: 2, head_dim: 8}}, {shared_kv: {kv_heads: 2, head_dim: 8}}, "
     + ("{mixer: cross_attention, layers: 2, heads: 4}]")
@@ -173,19 +174,122 @@ MISTAKES: list[tuple[list[str], str]] = [
             "use 16 or 20"
         ),
     ),
-    (["parallel.context=2"], "parallel.context=2 is not available in this version: use parallel.context=1"),
     (
-        ["parallel.pipeline=3"],
+        ["parallel.context=4", "train.sequence_length=20"],
         (
-            "the 4 layers of model.stack cannot be divided evenly over parallel.pipeline=3: "
-            "the numbers that divide them are 1, 2, 4"
+            "train.sequence_length=20 cannot be divided over parallel.context=4 into two chunks per rank, which balance "
+            "mixers that see the whole past: use 16 or 24"
         ),
     ),
     (
-        ["parallel.pipeline=2", "parallel.virtual_pipeline=4"],
+        ["parallel.context=2", "parallel.tensor=4", "parallel.sequence=true", "train.sequence_length=18"],
         (
-            "the 4 layers of model.stack cannot be divided evenly over parallel.pipeline=2 x parallel.virtual_pipeline=4 "
-            "= 8: the numbers that divide them are 1, 2, 4"
+            "train.sequence_length=18 cannot be divided over parallel.context=2 into two chunks per rank, which balance "
+            "mixers that see the whole past: use 16 or 24"
+        ),
+    ),
+    (
+        [RETENTION, "parallel.context=4", "train.sequence_length=3"],
+        "train.sequence_length=3 cannot be divided over parallel.context=4: use 4",
+    ),
+    (
+        ["parallel.context=2", "parallel.tensor=4", "parallel.sequence=true", "train.sequence_length=20"],
+        (
+            "train.sequence_length=20 cannot be divided over parallel.context=2 and then over parallel.tensor=4, which "
+            "parallel.sequence=true needs: use 16 or 24"
+        ),
+    ),
+    (
+        [RETENTION, "parallel.context=3", "parallel.tensor=4", "parallel.sequence=true", "train.sequence_length=15"],
+        (
+            "train.sequence_length=15 cannot be divided over parallel.context=3 and then over parallel.tensor=4, which "
+            "parallel.sequence=true needs: use 12 or 24"
+        ),
+    ),
+    (
+        [ATTENTION, "parallel.context=8", "parallel.context_exchange=all_to_all"],
+        (
+            "model.stack.0.heads=4 over parallel.tensor=1 is 4 per rank, which parallel.context_exchange=all_to_all "
+            "cannot deal out over parallel.context=8: use parallel.context_exchange=gather, or one of the context sizes "
+            "that fit this model: 1, 2, 4"
+        ),
+    ),
+    (
+        [DIFFERENTIAL, "parallel.tensor=2", "parallel.context=4", "parallel.context_exchange=all_to_all"],
+        (
+            "model.stack.0.heads=4 over parallel.tensor=2 is 2 per rank, which parallel.context_exchange=all_to_all "
+            "cannot deal out over parallel.context=4: use parallel.context_exchange=gather, or one of the context sizes "
+            "that fit this model: 1, 2"
+        ),
+    ),
+    (
+        [
+            ATTENTION,
+            "model.stack.0.mixer=differential_v2",
+            "model.stack.0.kv_heads=2",
+            "parallel.tensor=2",
+            "parallel.context=2",
+            "parallel.context_exchange=all_to_all",
+        ],
+        (
+            "model.stack.0.kv_heads=2 over parallel.tensor=2 is 1 per rank, which parallel.context_exchange=all_to_all "
+            "cannot deal out over parallel.context=2: use parallel.context_exchange=gather, or one of the context sizes "
+            "that fit this model: 1"
+        ),
+    ),
+    (
+        ["parallel.pipeline=5"],
+        (
+            "the 4 layers of model.stack are fewer than the chunks of parallel.pipeline=5, each of which holds at least "
+            "one: use 4 chunks or fewer"
+        ),
+    ),
+    (
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=4", "parallel.pipeline_split=even"],
+        (
+            "the 4 layers of model.stack are fewer than the chunks of parallel.pipeline=2 x parallel.virtual_pipeline=4 "
+            "= 8, each of which holds at least one: use 4 chunks or fewer"
+        ),
+    ),
+    (
+        ["parallel.pipeline=3", "parallel.pipeline_split=even"],
+        (
+            "the 4 layers of model.stack cannot be divided over parallel.pipeline=3 with parallel.pipeline_split=even: "
+            "use parallel.pipeline_split=balanced, or one of the numbers that divide them: 1, 2, 4"
+        ),
+    ),
+    (
+        ["parallel.pipeline=3", "parallel.virtual_pipeline=2", "model.stack.0.layers=6", "parallel.pipeline_split=even"],
+        (
+            "the 8 layers of model.stack cannot be divided over parallel.pipeline=3 x parallel.virtual_pipeline=2 = 6 "
+            "with parallel.pipeline_split=even: use parallel.pipeline_split=balanced, or one of the numbers that divide "
+            "them: 1, 2, 4, 8"
+        ),
+    ),
+    (
+        ["parallel.pipeline=3", "parallel.pipeline_split=[2, 2]"],
+        (
+            "parallel.pipeline_split=[2, 2] puts 4 layers into 2 chunks, and model.stack has 4 layers for the 3 chunks of "
+            "parallel.pipeline=3: use for example [2, 1, 1], or balanced"
+        ),
+    ),
+    (
+        ["parallel.pipeline=2", "parallel.pipeline_split=[3, 5]"],
+        (
+            "parallel.pipeline_split=[3, 5] puts 8 layers into 2 chunks, and model.stack has 4 layers for the 2 chunks of "
+            "parallel.pipeline=2: use for example [2, 2], or balanced"
+        ),
+    ),
+    (
+        [
+            "parallel.pipeline=2",
+            "parallel.virtual_pipeline=2",
+            "model.stack.0.layers=3",
+            "parallel.pipeline_split=[]",
+        ],
+        (
+            "parallel.pipeline_split=[] puts 0 layers into 0 chunks, and model.stack has 5 layers for the 4 chunks of "
+            "parallel.pipeline=2 x parallel.virtual_pipeline=2 = 4: use for example [2, 1, 1, 1], or balanced"
         ),
     ),
     (
@@ -263,9 +367,12 @@ LAYOUT_MISTAKES: list[tuple[list[str], int, str]] = [
         ),
     ),
     (
-        ["parallel.context=2"],
-        2,
-        "parallel.context=2 is not available in this version: use parallel.context=1",
+        ["parallel.tensor=2", "parallel.context=2"],
+        6,
+        (
+            "a world size of 6 is not a multiple of parallel.tensor=2 x parallel.pipeline=1 x parallel.context=2 = 4: "
+            "start 4 or 8 ranks, or divide the model otherwise"
+        ),
     ),
 ]
 
@@ -290,6 +397,27 @@ def test_ranks_that_do_not_fit(load: Load, overrides: list[str], world_size: int
         [],
         ["parallel.tensor=4", "parallel.sequence=true"],
         ["parallel.pipeline=4"],
+        ["parallel.pipeline=3"],
+        ["parallel.pipeline=2", "parallel.pipeline_split=even"],
+        ["parallel.pipeline=2", "parallel.pipeline_split=[3, 1]"],
+        ["parallel.pipeline_split=[4]"],
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.pipeline_split=[1, 1, 1, 1]"],
+        ["parallel.context=8"],
+        [RETENTION, "parallel.context=16"],
+        [RETENTION, "parallel.context=4", "train.sequence_length=20"],
+        ["parallel.context=2", "parallel.tensor=4", "parallel.sequence=true"],
+        ["parallel.context=2", "parallel.tensor=4", "train.sequence_length=20"],
+        [ATTENTION, "parallel.context_exchange=all_to_all", "parallel.tensor=4"],
+        [ATTENTION, "parallel.context_exchange=all_to_all", "parallel.context=4"],
+        [ATTENTION, "parallel.context_exchange=all_to_all", "parallel.context=2", "parallel.tensor=2"],
+        ["parallel.context_exchange=all_to_all", "parallel.context=8"],
+        [
+            ATTENTION,
+            "model.stack.0.mixer=sliding_window",
+            "model.stack.0.window=3",
+            "parallel.context_exchange=all_to_all",
+            "parallel.context=8",
+        ],
         [DIFFERENTIAL_CROSS, "parallel.tensor=2"],
         [DIFFERENTIAL_CROSS, "model.stack.2.head_dim=16"],
         [DIFFERENTIAL, "model.stack.0.kv_heads=2"],
@@ -315,8 +443,12 @@ def test_pairs_are_counted_only_for_the_shared_kv_that_differential_layers_read(
 
 def test_the_layout_is_what_remains_for_data_parallelism(load: Load) -> None:
     config = load(
-        "parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=2"
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+        "parallel.context=4",
+        "train.micro_batch_size=2",
     )
-    assert check_layout(config, 8) == Layout(
-        world_size=8, tensor=2, pipeline=2, virtual_pipeline=2, context=1, data=2, num_microbatches=2
+    assert check_layout(config, 32) == Layout(
+        world_size=32, tensor=2, pipeline=2, virtual_pipeline=2, context=4, data=2, num_microbatches=2
     )

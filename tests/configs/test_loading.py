@@ -55,6 +55,19 @@ def test_overrides_reach_lists_absent_sections_and_whole_segments(load: Load) ->
     assert config.model.tied_embeddings is True
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("[3,5]", (3, 5)), ("['3', 5]", (3, 5)), ("even", "even"), ("balanced", "balanced")],
+)
+def test_a_pipeline_split_is_a_word_or_a_list(
+    load: Load, written: str, read: object, tmp_path: Path
+) -> None:
+    config = load(f"parallel.pipeline_split={written}")
+    assert config.parallel.pipeline_split == read
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
 def test_a_later_override_wins_and_null_unsets_an_optional_key(load: Load) -> None:
     assert load("train.steps=5", "train.steps=7").train.steps == 7
     assert load("model.vocabulary_size=99", "model.vocabulary_size=null").model.vocabulary_size is None

@@ -19,6 +19,8 @@ MIXERS = (
 )
 SECTIONS = "model, parallel, train, optimizer, precision, data, evaluation, checkpoint, run"
 
+NO_SPLIT = "is not one of balanced, even, nor a list of the layers of each chunk such as [3, 5]"
+
 UNKNOWN_KEYS = {
     "model.hiden_size=3": "model.hiden_size is not a key; did you mean model.hidden_size?",
     "optimzer.learning_rate=1": "optimzer is not a key; did you mean optimizer?",
@@ -26,7 +28,7 @@ UNKNOWN_KEYS = {
     "train.learning_rate=3": "train.learning_rate is not a key; did you mean optimizer.learning_rate?",
     "train.interval=3": "train.interval is not a key; did you mean evaluation.interval or checkpoint.interval?",
     "train.lr=3": "train.lr is not a key; the keys of train are steps, global_batch_size, micro_batch_size, "
-    "sequence_length, seed",
+    "sequence_length, document_masking, recompute, seed",
     "zzz=1": f"zzz is not a key; the keys of the configuration are {SECTIONS}",
     "model.stack.0.hedas=3": "model.stack.0.hedas is not a key of mixer gated_retention; "
     "did you mean model.stack.0.heads?",
@@ -59,6 +61,20 @@ WRONG_VALUES = {
     "optimizer=null": "optimizer is empty: give it keys or leave it out",
     "train=3": "train=3 must be a section of keys",
     "parallel.sequence=maybe": "parallel.sequence=maybe must be true or false",
+    "parallel.context_exchange=alltoall": "parallel.context_exchange=alltoall is not one of gather, all_to_all; "
+    "did you mean all_to_all?",
+    "parallel.pipeline_split=equal": f"parallel.pipeline_split=equal {NO_SPLIT}",
+    "parallel.pipeline_split=balance": f"parallel.pipeline_split=balance {NO_SPLIT}; did you mean balanced?",
+    "parallel.pipeline_split=3,5": f"parallel.pipeline_split=3,5 {NO_SPLIT}",
+    "parallel.pipeline_split=8": f"parallel.pipeline_split=8 {NO_SPLIT}",
+    "parallel.pipeline_split=null": f"parallel.pipeline_split=null {NO_SPLIT}",
+    "parallel.pipeline_split={first: 3}": f"parallel.pipeline_split={{first: 3}} {NO_SPLIT}",
+    "parallel.pipeline_split=[3, 0]": "parallel.pipeline_split.1=0 must be greater than 0",
+    "parallel.pipeline_split=[3, five]": "parallel.pipeline_split.1=five must be a whole number",
+    "parallel.pipeline_split.first=3": "parallel.pipeline_split={first: 3} " + NO_SPLIT,
+    "train.recompute=selectiv": "train.recompute=selectiv is not one of none, selective, full; did you mean selective?",
+    "train.recompute=true": "train.recompute=true is not one of none, selective, full",
+    "train.document_masking=docs": "train.document_masking=docs must be true or false",
     "run.directory=2024-01-01": "run.directory=2024-01-01 must be a path: put it in quotes if it looks like a number "
     "or a date",
     "model.stack=[]": "model.stack=[] must be a list of 1 or more",

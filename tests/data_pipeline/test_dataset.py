@@ -38,7 +38,7 @@ def copy(prepared: Path, tmp_path: Path) -> Path:
     member_tokens=st.integers(1, 20),
     shard_tokens=st.integers(20, 200),
 )
-def test_windows_and_positions_against_the_plain_concatenation(
+def test_windows_and_documents_against_the_plain_concatenation(
     write_split: WriteSplit, lengths: list[int], sequence_length: int, member_tokens: int, shard_tokens: int
 ) -> None:
     documents = [[n + 1] * (length - 1) + [0] for n, length in enumerate(lengths)]
@@ -54,19 +54,21 @@ def test_windows_and_positions_against_the_plain_concatenation(
         sample = dataset[g]
         assert sample.tokens.dtype == np.int64
         assert sample.tokens.tolist() == stream[first : first + sequence_length + 1]
-        expected, position = [], -1
-        for place in range(first, first + sequence_length):
-            position = 0 if place in starts else position + 1
-            expected.append(position)
-        assert sample.positions_in_document().tolist() == expected
+        expected, start = [], 0
+        for position in range(sequence_length):
+            start = position if first + position in starts else start
+            expected.append(start)
+        assert sample.document_start_per_token().dtype == np.int64
+        assert sample.document_start_per_token().tolist() == expected
         assert sample.document_starts.tolist() == [
             p - first for p in sorted(starts) if 0 <= p - first < sequence_length
         ]
 
 
-def test_positions_count_from_the_window_when_the_document_began_before_it() -> None:
+def test_a_document_that_began_before_the_window_starts_at_0() -> None:
     sample = Sample(np.zeros(7, np.int64), np.array([2, 3]))
-    assert sample.positions_in_document().tolist() == [0, 1, 0, 0, 1, 2]
+    assert sample.document_start_per_token().tolist() == [0, 0, 2, 3, 3, 3]
+    assert Sample(np.zeros(4, np.int64), np.empty(0, np.int64)).document_start_per_token().tolist() == [0, 0, 0]
 
 
 def test_large_vocabularies_take_four_bytes(write_split: WriteSplit) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,23 @@ def test_sequential_order_cycles_over_the_split() -> None:
 def test_batches_hold_inputs_and_the_tokens_that_follow(dataset: TokenDataset) -> None:
     (batch,) = loader(dataset, SequentialOrder(len(dataset)), micro=3).microbatches(1, 3)
     assert batch.sample_ids.tolist() == [1, 2, 3]
-    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.tokens.dtype == batch.labels.dtype == batch.document_start.dtype == torch.int64
     assert batch.tokens.is_contiguous()
     assert batch.labels.is_contiguous()
     for row, index in enumerate(batch.sample_ids):
         window = torch.from_numpy(dataset[int(index)].tokens)
         assert torch.equal(batch.tokens[row], window[:-1])
         assert torch.equal(batch.labels[row], window[1:])
+
+
+def test_batches_say_where_the_document_of_each_token_starts(write_split: Callable[..., Path]) -> None:
+    """Documents of 3, 1 and 8 tokens in windows of 4: the last goes on through the second and third window."""
+    folder = write_split([[5, 6, 0], [0], [7] * 7 + [0], [8, 0]])
+    dataset = TokenDataset(folder, "train", 4)
+    (batch,) = loader(dataset, SequentialOrder(len(dataset)), micro=3).microbatches(0, 3)
+    assert batch.document_start.tolist() == [[0, 0, 0, 3], [0, 0, 0, 0], [0, 0, 0, 0]]
+    (batch,) = loader(TokenDataset(folder, "train", 6), SequentialOrder(2), micro=2).microbatches(0, 2)
+    assert batch.document_start.tolist() == [[0, 0, 0, 3, 4, 4], [0, 0, 0, 0, 0, 0]]
 
 
 def test_reading_leaves_no_trace(dataset: TokenDataset) -> None:

@@ -38,7 +38,7 @@ def test_version(capsys: Capture) -> None:
     assert capsys.readouterr().out == f"trine {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["pretrain"], ["data"], ["data", "prepare"], ["doctor"]])
+@pytest.mark.parametrize("words", [[], ["pretrain"], ["parity"], ["data"], ["data", "prepare"], ["doctor"]])
 def test_help(words: list[str], capsys: Capture) -> None:
     assert main([*words, "--help"]) == 0
     told = capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_help(words: list[str], capsys: Capture) -> None:
 
 def test_help_needs_nothing_heavy() -> None:
     code = (
-        "import sys; from trine.launch.cli import main; main(['pretrain', '--help']); "
+        "import sys; from trine.launch.cli import main; main(['pretrain', '--help']); main(['parity', '--help']); "
         "print({'torch', 'numpy', 'pydantic', 'yaml'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -76,6 +76,10 @@ def refused(capsys: Capture, *words: str | Path) -> str:
         (["pretrain", "c.yaml", "--nprocs", "2"], "--nprocs"),
         (["pretrain", "c.yaml", "train.steps"], "'train.steps' is no override"),
         (["pretrain", "absent.yaml"], "absent.yaml does not exist"),
+        (["parity"], "CONFIG.yaml"),
+        (["parity", "absent.yaml"], "absent.yaml does not exist"),
+        (["parity", "c.yaml", "--steps", "few"], "'few'"),
+        (["parity", "c.yaml", "--device", "tpu"], "'tpu'"),
         (["data", "prepare", "--output", "o", "--train-tokenizer", "300"], "INPUT"),
         (["data", "prepare", "x", "--train-tokenizer", "300"], "--output"),
         (["data", "prepare", "x", "--output", "o"], "--train-tokenizer"),

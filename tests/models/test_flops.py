@@ -12,8 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from trine.configs.schema import Config
 from trine.configs.stack import expand
 from trine.models.block import Block
+from trine.models.flops import layer_flops
+from trine.models.sequences import Sequences
 from trine.models.shared_kv import SharedKVProducer
 from trine.models.site import Site
+from trine.parallel.context import ContextParallel, SequenceShare
 
 HIDDEN = 64
 MIXERS: dict[str, dict[str, Any]] = {
@@ -50,18 +53,20 @@ def test_block_flops(
     for parameter in [*block.parameters(), *kv.parameters()]:
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(1, 1, HIDDEN)
+    one_token = Sequences(ContextParallel(SequenceShare(1), site.groups.cp))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shared = kv(x)
-    assert kv.flops_per_token() == counter.get_total_flops()
+        shared = kv(x, one_token)
+    assert kv.flops_per_token(plan.shared_kv, HIDDEN) == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        block(x, shared)
-    assert block.flops_per_token(1) == pytest.approx(counter.get_total_flops(), rel=0.05)
+        block(x, shared if plan.is_cross else None, one_token)
+    expected = layer_flops(plan, config.model, 1) - (plan.produces is not None) * kv.flops_per_token(
+        plan.shared_kv, HIDDEN
+    )
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-def test_attention_grows_with_the_mean_number_of_keys(
-    config_for: Callable[..., Config], site_for: Callable[..., Site]
-) -> None:
+def test_attention_grows_with_the_mean_number_of_keys(config_for: Callable[..., Config]) -> None:
     config = config_for(hidden_size=HIDDEN, stack=[{"mixer": "attention", "layers": 1, "heads": 4}])
-    mixer = Block(expand(config.model.stack)[0], site_for(config)).mixer
+    (plan,) = expand(config.model.stack)
     # Scores and values: 2 * 2 operations per key and element, over (S + 1) / 2 keys.
-    assert mixer.flops_per_token(101) - mixer.flops_per_token(1) == 4 * HIDDEN * 50
+    assert layer_flops(plan, config.model, 101) - layer_flops(plan, config.model, 1) == 4 * HIDDEN * 50

@@ -19,8 +19,10 @@ from trine.models.language_model import LanguageModel
 from trine.models.mixers import retention as retention_module
 from trine.models.mixers.base import Mixer
 from trine.models.registry import build_mixer
+from trine.models.sequences import Sequences
 from trine.models.shared_kv import shared_keys_values
 from trine.models.site import Site
+from trine.parallel.context import ContextParallel, SequenceShare
 from trine.parallel.topology import Topology
 
 Golden = dict[str, Any]
@@ -66,10 +68,15 @@ def assert_gradients(module: torch.nn.Module, tensors: dict[str, Tensor], names:
         assert (parameter.grad - expected).norm() <= bound * expected.norm(), ours
 
 
+def whole(length: int, site: Site) -> Sequences:
+    """Sequences of which this rank holds all."""
+    return Sequences(ContextParallel(SequenceShare(length), site.groups.cp))
+
+
 def run_mixer(mixer: Mixer[Any], d: Golden) -> tuple[Tensor, Tensor]:
     """Output and input gradient in the authors' layout (B, S, D)."""
     x = d["input"].transpose(0, 1).contiguous().requires_grad_()
-    y = mixer(x, None).transpose(0, 1)
+    y = mixer(x, None, whole(len(x), mixer.site)).transpose(0, 1)
     (y * d["grad_output"]).sum().backward()
     assert x.grad is not None
     return y.detach(), x.grad.transpose(0, 1)
@@ -201,7 +208,9 @@ def test_yoco_shared_keys_and_values(yoco: tuple[Golden, LanguageModel]) -> None
 
     d, model = yoco
     producer = model.decoder.shared_kv["2"]
-    k, v = shared_keys_values(producer(d["self_decoder_out"].transpose(0, 1)))
-    expected = merge_heads(rotate(split_heads(d["k_proj_out"].transpose(0, 1), 2), producer.kv.rope))
+    sequences = whole(d["k_proj_out"].shape[1], model.site)
+    k, v = shared_keys_values(producer(d["self_decoder_out"].transpose(0, 1), sequences))
+    unrotated = split_heads(d["k_proj_out"].transpose(0, 1), 2)
+    expected = merge_heads(rotate(unrotated, producer.kv.rope, sequences.share))
     torch.testing.assert_close(k, expected, atol=5e-6, rtol=0)
     torch.testing.assert_close(v, d["v_proj_out"].transpose(0, 1), atol=5e-6, rtol=0)

@@ -50,8 +50,9 @@ def test_gradients_of_both_parts_come_back() -> None:
 
 
 def test_stages_of_an_interleaved_pipeline() -> None:
-    assert stages_of(8, 2, 2, 0) == [Stage(0, 2, True, False), Stage(4, 6, False, False)]
-    assert stages_of(8, 2, 2, 1) == [Stage(2, 4, False, False), Stage(6, 8, False, True)]
+    split = (1, 3, 2, 2)
+    assert stages_of(split, 2, 0) == [Stage(0, 1, True, False), Stage(4, 6, False, False)]
+    assert stages_of(split, 2, 1) == [Stage(1, 4, False, False), Stage(6, 8, False, True)]
 
 
 def stack(*segments: dict[str, object]) -> tuple[object, ...]:
