@@ -136,6 +136,6 @@ def test_a_baseline_differs_in_nothing_but_the_architecture(name: str) -> None:
 
 
 def test_the_demo_carries_its_shared_kv_between_two_stages() -> None:
-    config = set_vocabulary(recipe("demo.yaml", "parity.yaml"), 2048)
+    config = set_vocabulary(recipe("demo.yaml"), 2048)
     assert config.parallel.pipeline == 2
     assert 2e6 < count_parameters(config.model).total < 3e6
