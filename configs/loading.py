@@ -113,17 +113,15 @@ def _refuse_repeats_in(node: yaml.MappingNode, path: Path) -> None:
 def _similar_recipes(path: Path) -> str:
     recipes = {_recipe_name(recipe): recipe for recipe in sorted(RECIPES.rglob("*.yaml"))}
     names = [name for name in recipes if name.split("/")[-1] == _recipe_name(path)]
-    if not names:  # the common ending would make any two names alike
-        stems = {name.removesuffix(".yaml"): name for name in recipes}
-        close = difflib.get_close_matches(_recipe_name(path).removesuffix(".yaml"), stems, n=2)
-        names = [stems[stem] for stem in close]
+    names = names or difflib.get_close_matches(_recipe_name(path), recipes, n=2)
     if not names:
         return f"; recipes are in {_displayed(RECIPES)}"
     return f"; did you mean {' or '.join(_displayed(recipes[name]) for name in names)}?"
 
 
 def _recipe_name(path: Path) -> str:
-    return "/".join(path.parts[-2:]).removesuffix(".yaml")
+    """Family and size. The folder of all recipes is left out: it would make any two names alike."""
+    return "/".join(part for part in path.parts[-2:] if part != RECIPES.name).removesuffix(".yaml")
 
 
 def _displayed(path: Path) -> str:
