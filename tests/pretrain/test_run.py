@@ -121,6 +121,25 @@ def test_killed_rank_ends_the_run_and_resume_is_exact(
     assert over_samples(tmp_path) == [4 * n for n in range(1, STEPS + 1)]
 
 
+def test_a_run_continues_under_another_layout(
+    finished: tuple[Path, str], trine: Any, recipe: Path, tmp_path: Path, metrics_of: Any
+) -> None:
+    """Begun with context parallelism, continued with interleaved stages and recompute: the samples and the losses are
+    those of the run that never stopped. Losses within 1e-4: AdamW with its usual eps magnifies the rounding of another
+    order of sums, as the first gradients of many elements are nothing else."""
+    run = ["pretrain", recipe, f"run.directory={tmp_path}"]
+    begun = trine(*run, "train.steps=3", "parallel.pipeline=1", "parallel.context=2")
+    assert begun.returncode == 0, begun.stderr
+    assert "context 2; each sequence dealt out in zigzag chunks" in begun.stderr
+    continued = trine(*run, "parallel.virtual_pipeline=2", "train.recompute=full")
+    assert continued.returncode == 0, continued.stderr
+    assert "layers 1 + 1 + 1 + 1 (balanced)" in continued.stderr
+    (ours, evaluations), (theirs, expected) = metrics_of(tmp_path), metrics_of(finished[0])
+    assert [m["consumed_samples"] for m in ours] == [m["consumed_samples"] for m in theirs]
+    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], rel=1e-4)
+    assert evaluations[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-4)
+
+
 def last_step(run: Path, metrics_of: Any) -> int:
     if not (run / "metrics.jsonl").exists() or not (run / "checkpoints" / "step-00000003").exists():
         return 0
