@@ -6,7 +6,6 @@ With one context rank all of this reduces to one call of the kernel. Tensors are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def attend(
     if context.exchange == "all_to_all":
         return _attend_by_heads(core, q, k, v, *per_query, sequences=sequences)
     own = torch.cat([merge_heads(k), merge_heads(v)], dim=-1)
-    with nullcontext(context.gather(own)) if sequences.recomputed else context.gathered(own) as whole:
+    with context.gathered(own, recomputed=sequences.recomputed) as whole:
         keys, values = torch.split(whole, [k.shape[1] * k.shape[3], v.shape[1] * v.shape[3]], dim=-1)
         keys, values = split_heads(keys, k.shape[1]), split_heads(values, v.shape[1])
         return attend_whole(core, q, keys, values, *per_query, sequences=sequences)

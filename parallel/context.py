@@ -11,7 +11,7 @@ depend on it would never reach the collective for which the others wait.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -111,15 +111,15 @@ class ContextParallel:
         return self.gather_chunks(chunks).flatten(0, 1)
 
     @contextmanager
-    def gathered(self, x: Tensor) -> Iterator[Tensor]:
+    def gathered(self, x: Tensor, *, recomputed: bool) -> Iterator[Tensor]:
         """``gather`` for the operations inside, which keep nothing of the whole for the backward pass.
 
-        It is gathered again there, so that what a rank keeps falls with the number of ranks. Not for use within
-        activation recompute, which repeats the gather in any case.
+        It is gathered again there, so that what a rank keeps falls with the number of ranks. Activation recompute
+        (``recomputed``) repeats the gather by itself.
         """
         whole = self.gather(x)
         again = _GatheredAgain(self, x.detach(), whole)
-        with saved_tensors_hooks(again.pack, again.unpack):
+        with nullcontext() if recomputed else saved_tensors_hooks(again.pack, again.unpack):
             yield whole
 
     def scatter_heads(self, x: Tensor) -> Tensor:
