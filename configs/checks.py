@@ -72,7 +72,9 @@ def _check_schedule(train: Train, optimizer: Optimizer) -> None:
     ends = {"train.steps": train.steps, "optimizer.decay_steps": decay}
     for name, end in ends.items():
         if warmup >= end:
-            raise UsageError(f"optimizer.warmup_steps={warmup} must be less than {name}={end}")
+            raise UsageError(
+                f"optimizer.warmup_steps={warmup} must be less than {name}={end}: use for example {end // 10}"
+            )
     if optimizer.minimum_learning_rate > optimizer.learning_rate:
         raise UsageError(
             f"optimizer.minimum_learning_rate={optimizer.minimum_learning_rate:g} must not be above "

@@ -54,10 +54,13 @@ def parse_layout(name: str) -> NamedLayout:
     layers in each chunk. ``selective``, ``recompute``: ``train.recompute`` is ``selective`` or ``full``.
 
     Whether a model can be divided so is asked of ``check_layout``. Raises UsageError with one sentence for a part
-    that is unknown, that says again what another says, or whose number is below 1.
+    that is unknown, that says again what another says, that says nothing, or whose number is below 1.
     """
     name = name.strip()
     settings = _settings(name)
+    for part, needed, size in (("a2a", "parallel.context", "cpN"), ("even", "parallel.pipeline", "ppN")):
+        if _CHOICES[part][0] in settings and settings.get(needed, 1) == 1:
+            raise UsageError(f"layout {name!r} has the part {part}, which says nothing without {size}: add it")
     parallel, data = _section(settings, "parallel"), settings.get("data", 1)
     return NamedLayout(
         name=name,

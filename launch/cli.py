@@ -53,7 +53,8 @@ recipe does not count. A layout is named by its parts, joined by '+':
 _PARITY_EXAMPLES = """\
 examples:
   trine parity configs/parity.yaml
-  trine parity configs/yoco/160m.yaml model.stack.0.layers=2 model.stack.2.layers=2 --layouts tp2+sp,pp2
+  trine parity configs/yoco/400m.yaml model.stack.0.layers=2 model.stack.2.layers=2 train.sequence_length=256 \\
+      model.vocabulary_size=4096 --layouts tp2+sp,pp2,cp2
   trine parity configs/parity.yaml --layouts tp2,cp2 --json - 2>/dev/null
 
 exit codes: 0 every layout agrees; 1 one does not, or failed; 2 wrong use; 130 stopped by Ctrl-C"""
@@ -117,7 +118,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         # argparse takes positionals from one place only; overrides may also follow an option.
         if "overrides" not in arguments or any(word.startswith("-") for word in rest):
             arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
@@ -143,7 +144,9 @@ def _build_parser() -> argparse.ArgumentParser:
 def _add_pretrain(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add(commands, "pretrain", "train a model, or continue", _PRETRAIN, _PRETRAIN_EXAMPLES)
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the recipe of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values laid over the recipe, in order")
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key.sub=value", help="values laid over the recipe, in order"
+    )
     parser.add_argument(
         "--nproc", type=int, metavar="N",
         help="ranks to start here (default: one per GPU, or tensor x pipeline x context without GPUs)",
@@ -154,7 +157,9 @@ def _add_pretrain(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_parity(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add(commands, "parity", "compare layouts with one process", _PARITY, _PARITY_EXAMPLES)
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the recipe of the model")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values laid over the recipe, in order")
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key.sub=value", help="values laid over the recipe, in order"
+    )
     parser.add_argument(
         "--layouts", metavar="A,B,...",
         help="layouts by name (default: a standard list of up to 8 ranks, of which what cannot be is listed)",
@@ -220,7 +225,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
-    overrides: list[str] = arguments.overrides
+    overrides = list[str](arguments.overrides)
     for override in overrides:
         if "=" not in override:
             raise UsageError(f"{override!r} is no override: write key.sub=value, such as train.steps=100")

@@ -135,25 +135,52 @@ def _check_gpus(layout: NamedLayout, gpus: int) -> None:
 
 def _check_memory(config: Config, layout: NamedLayout) -> None:
     """Every rank may hold the whole model (data and context ranks do), and the pieces of all meet in one process."""
-    parameters = count_parameters(config.model).total
-    needed = parameters * BYTES_PER_PARAMETER * layout.world_size
+    states = count_parameters(config.model).total * BYTES_PER_PARAMETER * layout.world_size
+    activations = _activations(config) * layout.data * layout.parallel.get("pipeline", 1)
     free = min(psutil.virtual_memory().available, usable_memory())
-    if needed > free:
-        depths = [0 if isinstance(s, SharedKVSegment) else s.layers for s in config.model.stack]
+    if states + activations > free:
         raise UsageError(
-            f"{parameters:,} parameters x {BYTES_PER_PARAMETER} bytes x ranks {layout.world_size} are "
-            f"{needed / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB of memory are free: compare a smaller model of the "
-            f"same kind by overrides such as model.stack.{depths.index(max(depths))}.layers=4 (of {max(depths)}) or a "
-            f"smaller model.hidden_size={config.model.hidden_size} and "
-            f"model.ffn_hidden_size={config.model.ffn_hidden_size}"
+            f"its parameters and optimizer take about {states / _GIB:.1f} GiB on {_ranks(layout)} and its activations "
+            f"{activations / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB of memory are free: compare a smaller model of "
+            f"the same kind by overrides such as {_smaller(config, shorter=activations > states)}"
         )
+
+
+def _activations(config: Config) -> float:
+    """Bytes that one microbatch keeps, roughly: the logits in fp32 with their gradients, and what each layer keeps."""
+    model, train = config.model, config.train
+    layers = sum(0 if isinstance(segment, SharedKVSegment) else segment.layers for segment in model.stack)
+    per_token = 4 * model.padded_vocabulary() + layers * (20 * model.hidden_size + 4 * model.ffn_hidden_size)
+    return 4.0 * per_token * train.micro_batch_size * train.sequence_length
+
+
+def _ranks(layout: NamedLayout) -> str:
+    return f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
+
+
+def _smaller(config: Config, *, shorter: bool) -> str:
+    """Overrides that make what takes most memory smaller, where they do."""
+    model, train = config.model, config.train
+    options = []
+    if shorter:
+        options += [("train.sequence_length", train.sequence_length, 256)]
+    for index, segment in enumerate(model.stack):
+        if not isinstance(segment, SharedKVSegment):
+            options.append((f"model.stack.{index}.layers", segment.layers, 2))
+    options.append(("model.vocabulary_size", model.vocabulary_size or 0, 4096))
+    useful = [f"{key}={value}" for key, now, value in options if value < now]
+    narrow = f"a model.hidden_size and model.ffn_hidden_size below {model.hidden_size} and {model.ffn_hidden_size}"
+    return " ".join(useful) or narrow
 
 
 def _run_reference(pool: RankPool, plan: Plan) -> StepsOfRank:
     try:
         (reference,) = _steps(pool, plan, REFERENCE)
     except RunError as error:
-        failure = RunError(f"the reference, one process, cannot be computed: {error}")
+        failure = RunError(
+            f"the reference, one process, cannot be computed: {error}; compare a smaller model by overrides, or give "
+            "it more time with --timeout"
+        )
         for note in getattr(error, "__notes__", ()):
             failure.add_note(note)
         raise failure from error

@@ -38,15 +38,15 @@ def header(plan: Plan, recipe: str) -> str:
         "": "each gradient of the first step and each parameter after the last one",
     }
     lines = [f"trine parity, version {__version__}", *(f"  {name:<10}{text}" for name, text in rows.items())]
-    titles = " ".join(f"{title:>{width}}" for title, width in zip(_NUMBERS, _WIDTHS, strict=True))
+    titles = "  ".join(f"{title:>{width}}" for title, width in zip(_NUMBERS, _WIDTHS, strict=True))
     return "\n".join([*lines, f"{'layout':<{_name_width(plan)}} ranks {titles}        worst gradient; worst parameter"])
 
 
 def reference_line(plan: Plan, reference: StepsOfRank, seconds: float) -> str:
     """The row of the reference, whose loss is told in place of a difference."""
-    blank = " " * (sum(_WIDTHS[:4]) + 3)
+    blank = " " * (sum(_WIDTHS[:4]) + 6)
     losses = " ".join(f"{loss:.4f}" for loss in reference["losses"])
-    return f"{'reference':<{_name_width(plan)}} {1:>5} {blank} {seconds:>{_WIDTHS[4]}.1f}        losses {losses}"
+    return f"{'reference':<{_name_width(plan)}} {1:>5} {blank}  {seconds:>{_WIDTHS[4]}.1f}        losses {losses}"
 
 
 def table_line(plan: Plan, row: Row) -> str:
@@ -62,7 +62,7 @@ def table_line(plan: Plan, row: Row) -> str:
     ]  # fmt: skip
     if row.reason is not None:
         remarks.append(row.reason)
-    return f"{start}{' '.join(cells)}  {'-' if row.verdict == 'refused' else row.verdict:<4}  {'; '.join(remarks)}"
+    return f"{start}{'  '.join(cells)}  {'-' if row.verdict == 'refused' else row.verdict:<4}  {'; '.join(remarks)}"
 
 
 def footer(rows: Sequence[Row]) -> str:

@@ -6,6 +6,7 @@ With one context rank all of this reduces to one call of the kernel. Tensors are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..kernels.retention import chunk_state, retention
 from ..parallel.context import ContextParallel
 from .heads import merge_heads, split_heads
+from .recompute import recomputed
 from .sequences import Sequences
 
 SoftmaxCore = Callable[..., Tensor]
@@ -86,7 +88,9 @@ def retain(
     starts = [sequences.resets(span) for span in share.spans]
     queries, keys, values = (share.cut(x, 2) for x in (q, k, v))
     left = [chunk_state(*chunk) for chunk in zip(keys, values, decays, starts, strict=True)]
-    entering = _entering_states(left, sequences.context)
+    # The gathered states of all ranks are not kept for the backward pass: they would grow with the number of ranks.
+    combine = _entering_states if sequences.recomputed else partial(recomputed, _entering_states)
+    entering = combine(left, sequences.context)
     chunks = zip(queries, keys, values, decays, entering, starts, strict=True)
     return _joined(
         retention(q_c, k_c, v_c, decay, initial_state=state, resets=reset, chunk_size=chunk_size)[0]
@@ -101,6 +105,8 @@ def _entering_states(left: list[tuple[Tensor, Tensor]], context: ContextParallel
     packed = torch.stack([torch.cat([state.flatten(2), decay.unsqueeze(-1)], dim=-1) for state, decay in left])
     gathered = context.gather_chunks(packed)
     states, decays = gathered[..., :-1], gathered[..., -1]
+    if not left[0][1].requires_grad:
+        decays = decays.detach()
     return [_weighted(states, _survivals(decays, chunk)).view(shape) for chunk in context.share.chunks]
 
 
@@ -109,10 +115,13 @@ def _survivals(decays: Tensor, chunk: int) -> Tensor:
 
     Zero for ``chunk`` and those after it, and not left out: the gather must take part in what every rank computes.
     """
-    between = decays[1:chunk].flip(0).cumprod(0).flip(0)
-    ones = decays.new_ones((min(chunk, 1), *decays.shape[1:]))
-    zeros = decays.new_zeros((decays.shape[0] - chunk, *decays.shape[1:]))
-    return torch.cat([between, ones, zeros])
+    survivals = [torch.zeros_like(decays[0])] * (decays.shape[0] - chunk)
+    survival = torch.ones_like(decays[0])
+    # A product at a time: the backward pass of cumprod asks the device whether there are zeros.
+    for number in reversed(range(chunk)):
+        survivals.append(survival)
+        survival = survival * decays[number]
+    return torch.stack(survivals[::-1])
 
 
 def _weighted(states: Tensor, weights: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
@@ -30,18 +31,30 @@ def balanced_split(costs: Sequence[float], last: float, chunks: int) -> tuple[in
     that, the one whose costs differ least (least sum of squares).
     """
     before = [0.0, *accumulate(costs)]
+    end = len(costs)
+
+    def cost(first: int, stop: int) -> float:
+        return before[stop] - before[first] + (last if stop == end else 0.0)
 
     @cache
-    def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:
-        """(costliest, sum of squares, split) of the layers from ``first`` in ``left`` chunks."""
+    def least_worst(first: int, left: int) -> float:
+        """The cost of the costliest chunk when the layers from ``first`` are cut best into ``left`` chunks."""
         if left == 1:
-            cost = before[-1] - before[first] + last
-            return cost, cost * cost, (len(costs) - first,)
-        found = []
-        for stop in range(first + 1, len(costs) - left + 2):
-            cost = before[stop] - before[first]
-            worst, squares, split = best(stop, left - 1)
-            found.append((max(cost, worst), squares + cost * cost, (stop - first, *split)))
-        return min(found)
+            return cost(first, end)
+        stops = range(first + 1, end - left + 2)
+        return min(max(cost(first, stop), least_worst(stop, left - 1)) for stop in stops)
 
-    return best(0, chunks)[2]
+    limit = least_worst(0, chunks)
+
+    @cache
+    def least_squares(first: int, left: int) -> tuple[float, tuple[int, ...]]:
+        """(sum of squares, split) of the same layers, no chunk costing more than ``limit``."""
+        stops = range(first + 1, end - left + 2) if left > 1 else range(end, end + 1)
+        found: list[tuple[float, tuple[int, ...]]] = []
+        for stop in stops:
+            if cost(first, stop) <= limit:
+                squares, split = (0.0, ()) if left == 1 else least_squares(stop, left - 1)
+                found.append((cost(first, stop) ** 2 + squares, (stop - first, *split)))
+        return min(found, default=(math.inf, ()))
+
+    return least_squares(0, chunks)[1]

@@ -9,7 +9,13 @@ import torch
 
 from .. import __version__
 from ..configs.schema import Config
-from ..configs.stack import SharedKVSegment, context_order
+from ..configs.stack import (
+    AttentionSegment,
+    DifferentialSegment,
+    DifferentialV2Segment,
+    SharedKVSegment,
+    context_order,
+)
 from ..kernels.dispatch import explain
 from ..models.split import pipeline_split
 from ..parallel.topology import Topology
@@ -37,7 +43,7 @@ def banner(config: Config, topology: Topology, place: Place, parameters: list[in
         "activations": _activations(config),
         "run": f"{config.run.directory}, {start}",
     }
-    lines = [f"trine {__version__}"] + [f"  {name:<11}{text}" for name, text in rows.items()]
+    lines = [f"trine {__version__}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
     return "\n".join(lines)
 
 
@@ -76,9 +82,17 @@ def _layout(topology: Topology, config: Config) -> str:
     }
     text = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no parallelism"
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
-    order = f"; each sequence dealt out in {context_order(config.model.stack)} chunks" if layout.context > 1 else ""
+    order = f"; {_context(config)}" if layout.context > 1 else ""
     ranks = f"{layout.world_size} rank{'s' if layout.world_size > 1 else ''}"
     return f"{ranks}: {text}{sequence}{order}{_chunks(config, topology)}"
+
+
+def _context(config: Config) -> str:
+    how = {"gather": "keys and values gathered", "all_to_all": "tokens exchanged for heads"}
+    softmax = AttentionSegment | DifferentialSegment | DifferentialV2Segment
+    exchanges = any(isinstance(segment, softmax) for segment in config.model.stack)
+    dealt = f"each sequence dealt out in {context_order(config.model.stack)} chunks"
+    return dealt + (f", {how[config.parallel.context_exchange]}" if exchanges else "")
 
 
 def _chunks(config: Config, topology: Topology) -> str:

@@ -27,10 +27,14 @@ ADAM_EPS = 1e-5
 gradient is rounding error alone takes a full step in a random direction. This eps holds such elements still, so that
 later steps can be compared as closely as the first."""
 
+MICRO_BATCH = 2
+"""Sequences of a microbatch at most."""
+
 DOCUMENTS = 4
 """Documents in each window, where they are kept apart."""
 
-OPTIMIZER = Optimizer(learning_rate=1e-3, schedule="constant", eps=ADAM_EPS)
+OPTIMIZER = Optimizer(learning_rate=1e-4, schedule="constant", eps=ADAM_EPS)
+"""Steps small enough that a model far from its minimum does not magnify rounding from one to the next."""
 
 
 class StepsOfRank(TypedDict):
@@ -48,19 +52,23 @@ class StepsOfRank(TypedDict):
 
 
 def parity_config(config: Config, layouts: Sequence[NamedLayout], steps: int) -> Config:
-    """``config`` as parity trains it: in fp32, with ``OPTIMIZER`` and a global batch that every layout can divide.
+    """``config`` as parity trains it: in fp32, with ``OPTIMIZER`` and a small batch that every layout can divide.
 
+    Microbatches have ``MICRO_BATCH`` sequences at most: enough for two that differ, and what memory takes first.
     The batch is the smallest that gives each data rank of every layout whole microbatches, two or more of them (so
     that gradients are summed over microbatches), and a multiple of the pipeline's size where stages interleave.
     """
-    micro, vocabulary = config.train.micro_batch_size, config.model.vocabulary_size or DEFAULT_VOCABULARY
+    micro = min(config.train.micro_batch_size, MICRO_BATCH)
+    vocabulary = config.model.vocabulary_size or DEFAULT_VOCABULARY
     batch = math.lcm(*(micro * layout.data * _microbatch_unit(layout) for layout in layouts))
     if any(batch == micro * layout.data for layout in layouts):
         batch *= 2
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"vocabulary_size": vocabulary}),
-            "train": config.train.model_copy(update={"steps": steps, "global_batch_size": batch}),
+            "train": config.train.model_copy(
+                update={"steps": steps, "global_batch_size": batch, "micro_batch_size": micro}
+            ),
             "optimizer": OPTIMIZER,
             "precision": Precision(compute="fp32"),
         }

@@ -16,6 +16,10 @@ TOLERANCES: Mapping[str, float] = {"loss": 1e-5, "grad_norm": 1e-5, "gradient": 
 """Largest relative differences that adding fp32 numbers in another order explains. A tensor that lacks the part of
 one rank, or has it twice, differs by tenths."""
 
+SMALL_GRADIENT = 1e-3
+"""A gradient smaller than this part of the norm of all is measured against that part. Such ones, as lambda's at the
+start, are small by cancellation: rounding of their terms, not of their sum, is what differs."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -27,7 +31,8 @@ class Comparison:
     grad_norm: float
     """Over all steps, on every rank."""
     gradient: float
-    """Over the first step's reduced gradients: the norm of the difference to that of the reference's tensor."""
+    """Over the first step's reduced gradients: the norm of the difference to that of the reference's tensor, or to
+    ``SMALL_GRADIENT`` of all where it is smaller."""
     gradient_name: str
     """The parameter whose gradient differs most."""
     parameter: float
@@ -70,18 +75,22 @@ def _worst_tensor(
     reference: StepsOfRank, found: Sequence[StepsOfRank], key: Literal["gradients", "parameters"]
 ) -> tuple[float, str]:
     expected, got = whole([reference], key), all_versions([rank[key] for rank in found])
-    differences = {name: _largest(_tensors(expected, got, name)) for name in expected.keys() | got.keys()}
+    least = SMALL_GRADIENT * reference["grad_norms"][0] if key == "gradients" else 0.0
+    differences = {name: _largest(_tensors(expected, got, name, least)) for name in expected.keys() | got.keys()}
     name = max(sorted(differences), key=lambda name: differences[name])
     return differences[name], name
 
 
-def _tensors(expected: Mapping[str, Tensor], got: Mapping[str, Sequence[Tensor]], name: str) -> Iterator[float]:
+def _tensors(
+    expected: Mapping[str, Tensor], got: Mapping[str, Sequence[Tensor]], name: str, least: float
+) -> Iterator[float]:
+    """The difference of every version of a tensor, relative to its norm or to ``least``."""
     theirs = expected.get(name)
     for ours in got.get(name, ()):
         if theirs is None or ours.shape != theirs.shape:
             yield math.inf
         else:
-            yield _ratio((ours - theirs).norm().item(), theirs.norm().item())
+            yield _ratio((ours - theirs).norm().item(), max(theirs.norm().item(), least))
     if name not in got:
         yield math.inf
 

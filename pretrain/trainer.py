@@ -160,7 +160,7 @@ class Trainer:
             done = f"nothing to do: all {train.steps} steps were done before; raise train.steps to train further"
         else:
             tokens = steps * train.global_batch_size * train.sequence_length
-            done = f"{steps} steps, {tokens:,} tokens in {duration(seconds)}"
+            done = f"{steps} step{'s' if steps > 1 else ''}, {tokens:,} tokens in {duration(seconds)}"
         lines = ["finished: " + done]
         if self.validation_losses:
             ends = [self.validation_losses[0], *self.validation_losses[1:][-1:]]

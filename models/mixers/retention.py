@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Literal
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,10 +50,7 @@ class Retention(Mixer[RetentionSegment]):
 
     def _log_decay(self, like: Tensor) -> Tensor:
         first = self.site.tensor_rank * self.heads
-        decay = fixed_decay_log(
-            self.heads, first=first, total=self.segment.heads, schedule=self.segment.decay
-        )
-        return decay.to(like.device)
+        return _decays(self.heads, first, self.segment.heads, self.segment.decay, like.device)
 
     @classmethod
     def flops_per_token(
@@ -60,6 +61,13 @@ class Retention(Mixer[RetentionSegment]):
         chunk = min(CHUNK, sequence_length)
         projections = projection_flops(hidden_size, heads * (2 * keys + 3 * values))
         return projections + heads * (2 * mean_chunk(chunk) * (keys + values) + 4 * keys * values)
+
+
+@lru_cache(maxsize=32)
+def _decays(
+    heads: int, first: int, total: int, schedule: Literal["default", "experiments"], device: torch.device
+) -> Tensor:
+    return fixed_decay_log(heads, first=first, total=total, schedule=schedule).to(device)
 
 
 def mean_chunk(chunk: int) -> float:

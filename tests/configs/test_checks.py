@@ -301,10 +301,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     # training
     (["train.sequence_length=1"], "train.sequence_length=1 leaves no token to predict: use 2 or more"),
-    (["optimizer.warmup_steps=100"], "optimizer.warmup_steps=100 must be less than train.steps=100"),
+    (["optimizer.warmup_steps=100"], "optimizer.warmup_steps=100 must be less than train.steps=100: use for example 10"),
     (
         ["optimizer.warmup_steps=10", "optimizer.decay_steps=10"],
-        "optimizer.warmup_steps=10 must be less than optimizer.decay_steps=10",
+        "optimizer.warmup_steps=10 must be less than optimizer.decay_steps=10: use for example 1",
     ),
     (
         ["optimizer.minimum_learning_rate=1e-3"],

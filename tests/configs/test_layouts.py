@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import permutations
 from math import prod
@@ -52,6 +53,8 @@ def described_layouts(draw: st.DrawFn) -> tuple[list[str], NamedLayout]:
     kinds = draw(st.lists(st.sampled_from([*SIZES, "dp"]), unique=True))
     sizes = {kind: draw(st.integers(1, 64)) for kind in kinds}
     flags = draw(st.lists(st.sampled_from(list(FLAGS)), unique=True))
+    needs = {"a2a": "cp", "even": "pp"}
+    flags = [flag for flag in flags if flag not in needs or sizes.get(needs[flag], 1) > 1]
     ways = draw(st.lists(st.sampled_from(list(RECOMPUTE)), max_size=1))
     parts = [*(f"{kind}{size}" for kind, size in sizes.items()), *flags, *ways] or ["tp1"]
     parallel = {SIZES[kind]: size for kind, size in sizes.items() if kind in SIZES}
@@ -73,6 +76,12 @@ def test_a_name_in_any_order_says_all_that_it_describes(described: tuple[list[st
     assert parse_layout(name) == layout
     assert parse_layout(name).name == name
     assert parse_layouts(name) == (layout,)
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("a2a", "cpN"), ("tp2+a2a+cp1", "cpN"), ("even+cp2", "ppN")])
+def test_a_part_that_says_nothing_is_refused(name: str, lacks: str) -> None:
+    with pytest.raises(UsageError, match=rf"^layout '{re.escape(name)}' has the part .* nothing without {lacks}: add"):
+        parse_layout(name)
 
 
 def test_different_layouts_are_unequal() -> None:

@@ -62,7 +62,7 @@ def test_layouts_that_agree(tiny: Path) -> None:
     assert results["tolerances"] == TOLERANCES
     assert results["versions"].keys() == {"trine", "python", "torch", "megatron-core"}
     assert results["config"]["precision"] == {"compute": "fp32"}
-    assert results["config"]["optimizer"]["learning_rate"] == 1e-3
+    assert results["config"]["optimizer"]["learning_rate"] == 1e-4
     assert results["config"]["model"]["vocabulary_size"] == 1000
     assert [(row["layout"], row["ranks"], row["verdict"]) for row in results["layouts"]] == [
         ("tp2+sp", 2, "ok"), ("pp2", 2, "ok")
@@ -76,7 +76,7 @@ def test_layouts_that_agree(tiny: Path) -> None:
     assert "2 layers of width 24" in told
     assert "vocabulary 1000" in told
     assert "fp32 on this machine's CPU with gloo" in told
-    assert "constant learning rate 0.001 and eps 1e-05" in told
+    assert "constant learning rate 0.0001 and eps 1e-05" in told
     assert "4 windows of 12 random tokens with 4 documents in each" in told
     assert "in microbatches of 2" in told
     assert re.search(r"^tp2\+sp +2 +\d\.\de[-+]\d\d .* ok ", told, re.MULTILINE)
@@ -111,7 +111,7 @@ def test_layouts_that_do_not_agree(
 @pytest.mark.parametrize(
     ("job", "sentence", "traceback"),
     [
-        ("faults:broken", "cannot be computed: rank 0 of 1 failed: KeyError: 'absent'", True),
+        ("faults:broken", "cannot be computed: rank 0 of 1 failed: KeyError: 'absent'; compare a smaller model by overrides, or give it more time with --timeout", True),
         ("faults:not_finite", "has a loss or a gradient norm that is not finite", False),
     ],
 )
@@ -139,7 +139,7 @@ def test_without_a_reference_nothing_is_compared(
         (["train.stepz=1"], "train.stepz is not a key"),
         (["train.steps"], "'train.steps' is no override"),
         (["model.stack.0.heads=5"], "heads=5"),
-        (["model.hidden_size=999424", "model.ffn_hidden_size=999424"], "model.stack.0.layers=4 (of 1)"),
+        (["model.hidden_size=999424", "model.ffn_hidden_size=999424"], "overrides such as a model.hidden_size and model.ffn_hidden_size below 999424 and 999424"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(

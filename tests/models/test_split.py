@@ -39,8 +39,11 @@ def test_no_other_cut_has_a_cheaper_costliest_chunk(costs: list[float], last: fl
     assert len(split) == chunks
     assert sum(split) == len(costs)
     assert min(split) >= 1
-    best = min(max(chunk_costs(costs, last, other)) for other in all_splits(len(costs), chunks))
-    assert max(chunk_costs(costs, last, split)) == best
+    others = [chunk_costs(costs, last, other) for other in all_splits(len(costs), chunks)]
+    ours = chunk_costs(costs, last, split)
+    assert max(ours) == min(map(max, others))
+    squares = [sum(cost**2 for cost in other) for other in others if max(other) == max(ours)]
+    assert sum(cost**2 for cost in ours) == min(squares)
 
 
 def test_equal_layers_are_cut_evenly() -> None:

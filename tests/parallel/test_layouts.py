@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from statistics import median
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from trine.configs.layouts import parse_layout, under_layout
 from trine.launch.pool import RankPool
 from trine.pretrain.parity import StepsOfRank
 from trine.pretrain.parity_comparison import compare
+from trine.pretrain.parity_pieces import whole
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -152,10 +154,17 @@ def test_uneven_pipeline_splits(ranks: RankPool, split: tuple[int, int]) -> None
     assert_same_training(ranks.run("training:train", 2, config=config, steps=STEPS), expected)
 
 
-def test_bf16_stays_near_fp32(ranks: RankPool) -> None:
-    """bf16 has eight bits: losses agree to a few thousandths, and the same under every kind of parallelism."""
-    precision = {"compute": "bf16"}
-    expected = reference(ranks, "hybrid", hybrid(), train={"document_masking": True})
-    for layout in ("tp1", "tp2+sp+pp2+cp2"):
-        found = run(ranks, hybrid(), layout, train={"document_masking": True}, precision=precision)
-        assert found[0]["losses"] == pytest.approx(expected["losses"], rel=5e-3)
+@pytest.mark.parametrize("layout", ["tp1", "cp4", "tp2+sp+pp2+cp2"])
+def test_bf16_stays_near_fp32(ranks: RankPool, layout: str) -> None:
+    """bf16 has eight bits: losses agree to a few thousandths and gradients, in the median, to a few hundredths.
+
+    A gradient that lacks the part of another rank shows in the median as tenths.
+    """
+    train = {"document_masking": True}
+    expected = reference(ranks, "hybrid", hybrid(), train=train)
+    found = run(ranks, hybrid(), layout, train=train, precision={"compute": "bf16"})
+    assert found[0]["losses"] == pytest.approx(expected["losses"], rel=5e-3)
+    assert found[0]["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2e-2)
+    ours, theirs = whole(found, "gradients"), whole([expected], "gradients")
+    differences = [((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs]
+    assert median(differences) < 0.08

@@ -13,14 +13,14 @@ LAYERS = 5
 OF_THE_LOSS = {"allreduce": 3}
 """The vocabulary-parallel cross entropy, over one tensor rank here."""
 GATHERED = {"allgather_base": 2 * LAYERS, "reduce_scatter_base": LAYERS}
-"""K,V once per layer, again in the backward pass, and the sum of their gradients."""
+"""K,V, or states, once per layer, again in the backward pass, and the sum of their gradients."""
 EXPECTED: dict[str, tuple[str, dict[str, int]]] = {
     "attention": ("cp2", GATHERED),
     "differential": ("cp2", GATHERED),
     "differential_v2": ("cp2+a2a", {"alltoall_base": 4 * LAYERS}),
     "sliding_window": ("cp2", {"alltoall_base": 2 * LAYERS}),
-    "retention": ("cp2", {"allgather_base": LAYERS, "reduce_scatter_base": LAYERS}),
-    "gated_retention": ("cp2", {"allgather_base": LAYERS, "reduce_scatter_base": LAYERS}),
+    "retention": ("cp2", GATHERED),
+    "gated_retention": ("cp2+recompute", GATHERED),
     # One self layer before them, then one gather for four cross layers and one sum of all their gradients.
     "cross_attention": ("cp2", {"allgather_base": 2 + 1, "reduce_scatter_base": 1 + 1}),
     "differential_cross_attention": ("cp2", {"allgather_base": 2 + 1, "reduce_scatter_base": 1 + 1}),

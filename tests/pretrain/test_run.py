@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import psutil
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trine.data_pipeline.prepare import prepare
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -138,6 +141,30 @@ def test_a_run_continues_under_another_layout(
     assert [m["consumed_samples"] for m in ours] == [m["consumed_samples"] for m in theirs]
     assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], rel=1e-4)
     assert evaluations[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-4)
+
+
+def test_context_and_data_ranks_train_and_evaluate_as_one_process(
+    trine: Any, recipe: Path, tmp_path: Path, metrics_of: Any
+) -> None:
+    """What the trainer reads, counts and reports under context parallelism, with documents kept apart. Losses within
+    1e-4, as AdamW with its usual eps magnifies rounding."""
+    corpus = tmp_path / "short.jsonl"
+    texts = (f"document {n} holds {n % 7} words of its own and ends" for n in range(900))
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare([str(corpus)], tmp_path / "tokens", train_tokenizer=300, validation_fraction=0.2)
+    common = [f"data.directory={tmp_path / 'tokens'}", "train.document_masking=true", "parallel.pipeline=1"]
+    found = []
+    for layout in (["--nproc", 1], ["--nproc", 4, "parallel.context=2"]):
+        run = tmp_path / f"run-{len(layout)}"
+        done = trine("pretrain", recipe, f"run.directory={run}", "train.steps=4", *common, *layout)
+        assert done.returncode == 0, done.stderr
+        found.append(metrics_of(run))
+    (one, of_one), (four, of_four) = found
+    for name in ("step", "tokens", "consumed_samples", "lr"):
+        assert [m[name] for m in four] == [m[name] for m in one]
+    assert all(m["tokens_per_s"] == pytest.approx(4 * 32 / m["step_time_s"], rel=1e-3) for m in four)
+    assert [m["loss"] for m in four] == pytest.approx([m["loss"] for m in one], rel=1e-4)
+    assert [m["validation_loss"] for m in of_four] == pytest.approx([m["validation_loss"] for m in of_one], rel=1e-4)
 
 
 def last_step(run: Path, metrics_of: Any) -> int:

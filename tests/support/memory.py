@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -13,17 +13,8 @@ from trine.models.build import build_chunks
 from trine.parallel.topology import build_topology, leave_topology, local_device
 
 
-class Memory(TypedDict):
-    """Bytes of tensors beside parameters and their gradients."""
-
-    kept: int
-    """Held between the forward and the backward pass."""
-    peak: int
-    """Held at the worst moment of both."""
-
-
-def activations(rank: int, world_size: int, *, config: dict[str, Any]) -> Memory:
-    """What one forward and backward pass over one sequence allocates on this rank."""
+def kept_activations(rank: int, world_size: int, *, config: dict[str, Any]) -> int:
+    """Bytes, beside parameters and their gradients, that this rank keeps between the forward and the backward pass."""
     run = Config.model_validate(config)
     topology = build_topology(check_layout(run, world_size), local_device(rank))
     (model,) = build_chunks(run, topology)
@@ -31,12 +22,7 @@ def activations(rank: int, world_size: int, *, config: dict[str, Any]) -> Memory
     model(tokens, tokens).mean().backward()
     with MemTracker() as tracker:
         loss = model(tokens, tokens).mean()
-        kept = _total(tracker, "current")
+        (sizes,) = tracker.get_tracker_snapshot("current").values()
         loss.backward()
     leave_topology()
-    return {"kept": kept, "peak": _total(tracker, "peak")}
-
-
-def _total(tracker: MemTracker, when: str) -> int:
-    (sizes,) = tracker.get_tracker_snapshot(when).values()
     return sum(size for kind, size in sizes.items() if getattr(kind, "name", "PARAM") not in ("PARAM", "GRAD"))
