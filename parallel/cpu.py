@@ -12,6 +12,7 @@ Every patch, with its reason:
 ``Tensor.cuda``, ``Module.cuda``      called as methods, so a module's global name cannot reach them
 ``Tensor.type()``                     the optimizers recognise parameters by ``torch.cuda.FloatTensor``
 ``tensor_parallel.random`` helpers    read and write the generator of a CUDA device
+``clip_grads.l2_norm_impl``           a gradient norm summed in fp32 is off by 1e-5 at some million elements
 ====================================  ==================================================================
 """
 
@@ -22,6 +23,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import math
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -93,13 +95,23 @@ def _patch_methods() -> None:
 
 
 def _patch_engine() -> None:
+    import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as random
 
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    _replace(clip_grads, "l2_norm_impl", _l2_norm)
     # With one generator for both, forking the "CUDA" state always moves the CPU's; the warning is moot here.
     logging.getLogger(random.__name__).addFilter(_drop_generator_warning)
     _undo.append(lambda: logging.getLogger(random.__name__).removeFilter(_drop_generator_warning))
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool, *_: Any
+) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors together, (1,) fp32, with the contract of apex's ``multi_tensor_l2norm``."""
+    squares = (torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in tensor_lists[0])
+    return torch.tensor([math.sqrt(sum(float(square) for square in squares))]), None
 
 
 def _drop_generator_warning(record: logging.LogRecord) -> bool:

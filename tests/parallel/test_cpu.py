@@ -55,3 +55,20 @@ def test_install_and_uninstall() -> None:
 
 def test_recomputation_in_backward_sees_the_backend() -> None:
     assert run(RECOMPUTE).endswith("recomputed")
+
+
+NORM = """
+import torch
+import trine.parallel
+from megatron.core.optimizer import clip_grads
+x = torch.randn(5_000_000, generator=torch.Generator().manual_seed(0)) + 3
+exact = x.double().norm().item()
+found, _ = clip_grads.l2_norm_impl(1, torch.zeros(1), [[x[:1_000_000], x[1_000_000:]]], False)
+assert abs(found.item() / exact - 1) < 2e-7, (found.item(), exact)
+print("exact")
+"""
+
+
+def test_gradient_norm_of_many_elements() -> None:
+    """Within two units of fp32's last place: what divides the elements otherwise must not change the norm."""
+    assert run(NORM).endswith("exact")
