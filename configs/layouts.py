@@ -107,6 +107,8 @@ def _setting(part: str, name: str) -> tuple[str, Any]:
 
 
 def _unknown_part(part: str, name: str) -> UsageError:
+    if not part:
+        return UsageError(f"layout {name!r} has an empty part: join parts by + and layouts by commas, as in tp2+sp,cp2")
     forms = {size: f"{size}N" for size in _SIZES} | {choice: choice for choice in _CHOICES}
     near = nearest(part.lower().rstrip("0123456789"), forms)
     hint = f"; did you mean {forms[near]}?" if near else ""

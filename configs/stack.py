@@ -241,7 +241,11 @@ def expand(stack: tuple[Segment, ...]) -> tuple[LayerPlan, ...]:
     return tuple(plans)
 
 
-def context_order(stack: tuple[Segment, ...]) -> Literal["contiguous", "zigzag"]:
+SequenceOrder = Literal["contiguous", "zigzag"]
+"""How the chunks of a sequence are dealt out to context ranks."""
+
+
+def context_order(stack: tuple[Segment, ...]) -> SequenceOrder:
     """How context parallelism deals out a sequence: in which order its chunks go to the ranks.
 
     A causal query late in the sequence sees more keys than an early one. Where some mixer sees the whole past each

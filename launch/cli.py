@@ -143,10 +143,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_pretrain(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add(commands, "pretrain", "train a model, or continue", _PRETRAIN, _PRETRAIN_EXAMPLES)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the recipe of the run")
-    parser.add_argument(
-        "overrides", nargs="*", default=(), metavar="key.sub=value", help="values laid over the recipe, in order"
-    )
+    _add_recipe(parser, "the recipe of the run")
     parser.add_argument(
         "--nproc", type=int, metavar="N",
         help="ranks to start here (default: one per GPU, or tensor x pipeline x context without GPUs)",
@@ -156,10 +153,7 @@ def _add_pretrain(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 def _add_parity(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add(commands, "parity", "compare layouts with one process", _PARITY, _PARITY_EXAMPLES)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the recipe of the model")
-    parser.add_argument(
-        "overrides", nargs="*", default=(), metavar="key.sub=value", help="values laid over the recipe, in order"
-    )
+    _add_recipe(parser, "the recipe of the model")
     parser.add_argument(
         "--layouts", metavar="A,B,...",
         help="layouts by name (default: a standard list of up to 8 ranks, of which what cannot be is listed)",
@@ -174,6 +168,13 @@ def _add_parity(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="seconds that one layout may take, the start of its ranks included (default: %(default)g)",
     )  # fmt: skip
     parser.set_defaults(command=_parity, parser=parser)
+
+
+def _add_recipe(parser: _Parser, what: str) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help=what)
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key.sub=value", help="values laid over the recipe, in order"
+    )
 
 
 def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -33,11 +33,8 @@ def attend(
         return core(q, k, v, *per_query, document_start=sequences.document_start)
     if context.exchange == "all_to_all":
         return _attend_by_heads(core, q, k, v, *per_query, sequences=sequences)
-    own = torch.cat([merge_heads(k), merge_heads(v)], dim=-1)
-    with context.gathered(own, recomputed=sequences.recomputed) as whole:
-        keys, values = torch.split(whole, [k.shape[1] * k.shape[3], v.shape[1] * v.shape[3]], dim=-1)
-        keys, values = split_heads(keys, k.shape[1]), split_heads(values, v.shape[1])
-        return attend_whole(core, q, keys, values, *per_query, sequences=sequences)
+    with context.gathered(_packed(k, v), recomputed=sequences.recomputed) as whole:
+        return attend_whole(core, q, *_unpacked(whole, k, v), *per_query, sequences=sequences)
 
 
 def attend_whole(
@@ -59,16 +56,12 @@ def attend_window(
     share, context = sequences.share, sequences.context
     if share.size == 1:
         return core(q, k, v, document_start=sequences.document_start)
-    own = torch.cat([merge_heads(k), merge_heads(v)], dim=-1)
+    own = _packed(k, v)
     halos = context.halo(own, window - 1)
     outputs = []
     for span, queries, chunk, halo in zip(share.spans, share.cut(q, 2), share.cut(own, 0), halos, strict=True):
-        near = torch.cat([halo, chunk])
-        keys, values = torch.split(near, [k.shape[1] * k.shape[3], v.shape[1] * v.shape[3]], dim=-1)
         starts = sequences.starts(span, first_key=span.start - halo.shape[0])
-        outputs.append(
-            core(queries, split_heads(keys, k.shape[1]), split_heads(values, v.shape[1]), document_start=starts)
-        )
+        outputs.append(core(queries, *_unpacked(torch.cat([halo, chunk]), k, v), document_start=starts))
     return _joined(outputs)
 
 
@@ -143,6 +136,17 @@ def _attend_by_heads(
     output = core(*heads, document_start=sequences.document_start)
     gathered = context.gather_heads(merge_heads(output)).flatten(2)
     return split_heads(gathered, output.shape[1] * size)
+
+
+def _packed(k: Tensor, v: Tensor) -> Tensor:
+    """K and V side by side, (S, B, W), so that one exchange brings both."""
+    return torch.cat([merge_heads(k), merge_heads(v)], dim=-1)
+
+
+def _unpacked(packed: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of ``_packed`` for any number of tokens, with heads as those of k and v; views."""
+    keys, values = torch.split(packed, [k.shape[1] * k.shape[3], v.shape[1] * v.shape[3]], dim=-1)
+    return split_heads(keys, k.shape[1]), split_heads(values, v.shape[1])
 
 
 def _joined(outputs: Iterable[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed import ProcessGroup
 
-Order = Literal["contiguous", "zigzag"]
+from ..configs.stack import SequenceOrder
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SequenceShare:
     length: int
     size: int = 1
     rank: int = 0
-    order: Order = "contiguous"
+    order: SequenceOrder = "contiguous"
 
     @property
     def chunks_per_rank(self) -> int:
@@ -155,7 +155,10 @@ class _View(NamedTuple):
 
 
 class _GatheredAgain:
-    """Stands in for what autograd would keep of a gathered tensor: the gather is repeated when the first is needed."""
+    """Stands in for what autograd would keep of a gathered tensor: the gather is repeated when the first is needed.
+
+    What is kept is asked for once: the graph must not be used for a second backward pass.
+    """
 
     def __init__(self, context: ContextParallel, local: Tensor, whole: Tensor) -> None:
         self._context, self._local, self._address = context, local, whole.untyped_storage().data_ptr()

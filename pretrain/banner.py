@@ -9,13 +9,8 @@ import torch
 
 from .. import __version__
 from ..configs.schema import Config
-from ..configs.stack import (
-    AttentionSegment,
-    DifferentialSegment,
-    DifferentialV2Segment,
-    SharedKVSegment,
-    context_order,
-)
+from ..configs.sequence_checks import ExchangingSegment
+from ..configs.stack import SharedKVSegment, context_order
 from ..kernels.dispatch import explain
 from ..models.split import pipeline_split
 from ..parallel.topology import Topology
@@ -89,8 +84,7 @@ def _layout(topology: Topology, config: Config) -> str:
 
 def _context(config: Config) -> str:
     how = {"gather": "keys and values gathered", "all_to_all": "tokens exchanged for heads"}
-    softmax = AttentionSegment | DifferentialSegment | DifferentialV2Segment
-    exchanges = any(isinstance(segment, softmax) for segment in config.model.stack)
+    exchanges = any(isinstance(segment, ExchangingSegment) for segment in config.model.stack)
     dealt = f"each sequence dealt out in {context_order(config.model.stack)} chunks"
     return dealt + (f", {how[config.parallel.context_exchange]}" if exchanges else "")
 

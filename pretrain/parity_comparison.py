@@ -16,7 +16,7 @@ TOLERANCES: Mapping[str, float] = {"loss": 1e-5, "grad_norm": 1e-5, "gradient": 
 """Largest relative differences that adding fp32 numbers in another order explains. A tensor that lacks the part of
 one rank, or has it twice, differs by tenths."""
 
-SMALL_GRADIENT = 1e-3
+SMALL_GRADIENT = 1e-4
 """A gradient smaller than this part of the norm of all is measured against that part. Such ones, as lambda's at the
 start, are small by cancellation: rounding of their terms, not of their sum, is what differs."""
 
@@ -46,17 +46,22 @@ class Comparison:
         return tuple(name for name, limit in TOLERANCES.items() if getattr(self, name) > limit)
 
 
-def compare(reference: StepsOfRank, found: Sequence[StepsOfRank]) -> Comparison:
+def compare(
+    reference: StepsOfRank, found: Sequence[StepsOfRank], *, small_gradient: float = SMALL_GRADIENT
+) -> Comparison:
     """Compare what the ranks of a layout computed with what one process did, both with the same steps.
 
     Of a tensor that tensor parallelism replicates *every* tensor rank's copy is compared: one that lacks another
     rank's part of the gradient would drift away from the others unseen.
 
+    ``small_gradient`` stands in for ``SMALL_GRADIENT``; 0 measures every gradient against its own norm alone.
+
     Raises RunError where the ranks together do not hold a tensor whole.
     """
     losses = [*reference["losses"], reference["evaluation"]]
-    gradient, gradient_name = _worst_tensor(reference, found, "gradients")
-    parameter, parameter_name = _worst_tensor(reference, found, "parameters")
+    least = small_gradient * reference["grad_norms"][0]
+    gradient, gradient_name = _worst_tensor(reference, found, "gradients", least)
+    parameter, parameter_name = _worst_tensor(reference, found, "parameters", 0.0)
     return Comparison(
         loss=_largest(_numbers(losses, [*rank["losses"], rank["evaluation"]]) for rank in found),
         grad_norm=_largest(_numbers(reference["grad_norms"], rank["grad_norms"]) for rank in found),
@@ -72,10 +77,9 @@ def _numbers(expected: Sequence[float], got: Sequence[float]) -> float:
 
 
 def _worst_tensor(
-    reference: StepsOfRank, found: Sequence[StepsOfRank], key: Literal["gradients", "parameters"]
+    reference: StepsOfRank, found: Sequence[StepsOfRank], key: Literal["gradients", "parameters"], least: float
 ) -> tuple[float, str]:
     expected, got = whole([reference], key), all_versions([rank[key] for rank in found])
-    least = SMALL_GRADIENT * reference["grad_norms"][0] if key == "gradients" else 0.0
     differences = {name: _largest(_tensors(expected, got, name, least)) for name in expected.keys() | got.keys()}
     name = max(sorted(differences), key=lambda name: differences[name])
     return differences[name], name

@@ -42,13 +42,6 @@ def whole(ranks: Sequence[Mapping[str, Any]], key: str) -> dict[str, Tensor]:
     return {name: versions[0] for name, versions in all_versions([rank[key] for rank in ranks]).items()}
 
 
-def copies(ranks: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[Tensor]]:
-    """Every tensor rank's copy of each replicated tensor, by global name. Otherwise as ``whole``."""
-    pieces_by_rank = [rank[key] for rank in ranks]
-    replicated = {name for pieces in pieces_by_rank for name, _, cut, *_ in pieces if cut is None}
-    return {name: versions for name, versions in all_versions(pieces_by_rank).items() if name in replicated}
-
-
 def all_versions(pieces_by_rank: Sequence[Sequence[Piece]]) -> dict[str, list[Tensor]]:
     """Full tensors by global name: one copy per tensor rank of a replicated one, one of any other.
 

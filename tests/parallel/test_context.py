@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trine.parallel.context import Order, SequenceShare
+from trine.configs.stack import SequenceOrder
+from trine.parallel.context import SequenceShare
 
-ORDERS: tuple[Order, ...] = ("contiguous", "zigzag")
+ORDERS: tuple[SequenceOrder, ...] = ("contiguous", "zigzag")
 
 
 @given(size=st.integers(1, 5), chunk=st.integers(1, 4), order=st.sampled_from(ORDERS))
-def test_every_token_has_one_holder(size: int, chunk: int, order: Order) -> None:
+def test_every_token_has_one_holder(size: int, chunk: int, order: SequenceOrder) -> None:
     length = 2 * size * chunk
     shares = [SequenceShare(length, size, rank, order) for rank in range(size)]
     positions = torch.cat([share.positions for share in shares])
@@ -35,7 +36,7 @@ def test_zigzag_gives_every_rank_as_many_visible_keys(size: int, chunk: int) -> 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("order", ORDERS)
-def test_exchanges(ranks: Any, order: Order, size: int) -> None:
+def test_exchanges(ranks: Any, order: SequenceOrder, size: int) -> None:
     """Each rank compares what it gets, and the gradient it gets back, with the whole sequence. Exact: sums of small
     integers."""
     ranks.run("exchanges:check_exchanges", size, order=order)

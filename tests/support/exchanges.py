@@ -6,12 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trine.parallel.context import ContextParallel, Order, SequenceShare
+from trine.configs.stack import SequenceOrder
+from trine.parallel.context import ContextParallel, SequenceShare
 
 CHUNK = 5
 
 
-def check_exchanges(rank: int, world_size: int, *, order: Order) -> None:
+def check_exchanges(rank: int, world_size: int, *, order: SequenceOrder) -> None:
     """Raises AssertionError where an exchange or its gradient is wrong."""
     share = SequenceShare(2 * world_size * CHUNK, world_size, rank, order)
     context = ContextParallel(share, dist.group.WORLD)
