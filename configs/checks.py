@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .data_checks import check_data, check_ramps
 from .division_checks import check_pipeline, check_tensor
 from .errors import UsageError
 from .remedies import nearest_multiples
@@ -35,6 +36,8 @@ def check_config(config: Config) -> None:
     """
     check_stack(config.model)
     check_tensor(config.model, config.parallel)
+    check_data(config.data)
+    check_ramps(config.train)
     check_sequence(config.model.stack, config.train, config.parallel)
     check_exchange(config.model.stack, config.parallel)
     check_pipeline(config.model.stack, config.parallel)
@@ -94,17 +97,24 @@ def _check_schedule(train: Train, optimizer: Optimizer) -> None:
 
 
 def _num_microbatches(train: Train, parallel: Parallel, data: int) -> int:
-    batch, micro = train.global_batch_size, train.micro_batch_size
+    """Microbatches of a data-parallel rank in a step of the full batch, after a check of every batch of the run."""
+    sizes = {f"train.batch_ramp.{n}.global_batch_size": s.global_batch_size for n, s in enumerate(train.batch_ramp)}
+    for name, batch in {**sizes, "train.global_batch_size": train.global_batch_size}.items():
+        _check_batch(name, batch, train, parallel, data)
+    return train.global_batch_size // (train.micro_batch_size * data)
+
+
+def _check_batch(name: str, batch: int, train: Train, parallel: Parallel, data: int) -> None:
+    micro = train.micro_batch_size
     if batch % (micro * data):
         raise UsageError(
-            f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x {data} "
+            f"{name}={batch} is not a multiple of train.micro_batch_size={micro} x {data} "
             f"data-parallel ranks = {micro * data}: use {nearest_multiples(batch, micro * data)}"
         )
     count, pipeline = batch // (micro * data), parallel.pipeline
     if parallel.virtual_pipeline > 1 and count % pipeline:
         raise UsageError(
-            f"train.global_batch_size={batch} makes {count} microbatches per rank, and "
+            f"{name}={batch} makes {count} microbatches per rank, and "
             f"parallel.virtual_pipeline={parallel.virtual_pipeline} needs a multiple of "
             f"parallel.pipeline={pipeline}: use {nearest_multiples(batch, micro * data * pipeline)}"
         )
-    return count

@@ -10,6 +10,8 @@ from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, Pos
 from .stack import Section, Stack
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""As many as torch's generators and the data's permutations take."""
 
 
 def _split_tag(value: object) -> str:
@@ -74,20 +76,47 @@ class Parallel(Section):
         return self.tensor * self.pipeline * self.context
 
 
+class RampStage(Section):
+    """A part at the start of a run in which something differs from the rest."""
+
+    until_samples: PositiveInt
+    """It holds for steps that begin with fewer consumed samples than these."""
+
+
+class BatchStage(RampStage):
+    """Another global batch at the start of a run."""
+
+    global_batch_size: PositiveInt
+
+
+class SequenceStage(RampStage):
+    """Shorter sequences at the start of a run."""
+
+    sequence_length: PositiveInt
+    """A divisor of ``train.sequence_length``: windows are cut into sequences of this length, so that no token is left
+    out and a step keeps its tokens."""
+
+
 class Train(Section):
     """How long and in what batches."""
 
     steps: PositiveInt
     global_batch_size: PositiveInt
+    """Samples of a step over all ranks."""
+    batch_ramp: tuple[BatchStage, ...] = ()
+    """Batch sizes before ``global_batch_size``, in their order."""
     micro_batch_size: PositiveInt = 1
     sequence_length: PositiveInt
+    """Tokens of a sample."""
+    sequence_ramp: tuple[SequenceStage, ...] = ()
+    """Sequence lengths before ``sequence_length``, in their order."""
     document_masking: bool = False
     """Whether tokens see their own document alone: attention is masked and recurrent state starts anew at each
     document. Off, as in the papers, a window is one text."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those between the matrix products
     (``selective``) or all but each layer's input (``full``)."""
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
 
 
 class Optimizer(Section):
@@ -118,10 +147,44 @@ class Precision(Section):
     compute: Literal["fp32", "bf16"] = "fp32"
 
 
-class Data(Section):
-    """Prepared token shards."""
+class DataSource(Section):
+    """One part of a mixture."""
 
-    directory: Path
+    directory: str
+    """A folder of prepared data, or the http(s):// or s3:// URL of one."""
+    weight: PositiveFloat
+    """Share of the samples, relative to the other weights."""
+
+
+class Data(Section):
+    """Prepared token shards: one folder, or a mixture of several."""
+
+    directory: str | None = None
+    """A folder of prepared data, or the http(s):// or s3:// URL of one."""
+    sources: tuple[DataSource, ...] = ()
+    """The mixture, instead of ``directory``."""
+    cache: Path | None = None
+    """Where parts of remote shards are kept; by default ``~/.cache/trine``. Only used for URLs."""
+    shuffle: Literal["windows", "blocks"] = "windows"
+    """``windows`` shuffles all windows among each other; ``blocks`` shuffles runs of 1,024 windows and then the windows
+    of every 64 runs, so that remote and slow disks are read in long pieces."""
+    workers: NonNegativeInt = 2
+    """Threads per rank that read ahead of training; 0 reads within the step."""
+    read_ahead: PositiveInt = 16
+    """Microbatches per rank that are read ahead."""
+    on_damage: Literal["stop", "skip"] = "stop"
+    """What a damaged sample does: end the run, or be replaced by another one, the same on every rank."""
+    damage_budget: PositiveInt = 100
+    """Replaced samples with which ``skip`` ends the run as well."""
+    on_change: Literal["refuse", "accept"] = "refuse"
+    """Whether a run may continue with other data, weights, seed or sequence length than its checkpoint had."""
+    record_samples: bool = False
+    """Write the ids of the samples that every step read to ``samples/`` in the run's folder."""
+
+    @property
+    def mixture(self) -> tuple[DataSource, ...]:
+        """The sources, of which a single ``directory`` is one."""
+        return self.sources or (DataSource(directory=self.directory or "", weight=1.0),)
 
 
 class Evaluation(Section):

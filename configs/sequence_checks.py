@@ -15,23 +15,28 @@ ExchangingSegment = AttentionSegment | DifferentialSegment | DifferentialV2Segme
 
 
 def check_sequence(stack: tuple[Segment, ...], train: Train, parallel: Parallel) -> None:
-    """Raise UsageError, in one sentence, unless ``train.sequence_length`` can be divided over the ranks."""
-    length = train.sequence_length
-    if length < 2:
-        raise UsageError(f"train.sequence_length={length} leaves no token to predict: use 2 or more")
+    """Raise UsageError, in one sentence, unless every sequence length of the run can be divided over the ranks."""
     if parallel.sequence and parallel.tensor == 1:
         raise UsageError(
             "parallel.sequence=true splits activations over the tensor ranks, and parallel.tensor=1 has only one: "
             "turn it off or raise parallel.tensor"
         )
+    ramp = {f"train.sequence_ramp.{n}.sequence_length": s.sequence_length for n, s in enumerate(train.sequence_ramp)}
+    for name, length in {"train.sequence_length": train.sequence_length, **ramp}.items():
+        _check_length(name, length, stack, parallel)
+
+
+def _check_length(name: str, length: int, stack: tuple[Segment, ...], parallel: Parallel) -> None:
+    if length < 2:
+        raise UsageError(f"{name}={length} leaves no token to predict: use 2 or more")
     zigzag = parallel.context > 1 and context_order(stack) == "zigzag"
     chunks = 2 * parallel.context if zigzag else parallel.context
     rows = parallel.context * (parallel.tensor if parallel.sequence else 1)
     fitting = math.lcm(chunks, rows)
     if length % chunks:
-        raise _indivisible_over_context(length, parallel.context, fitting, zigzag=zigzag)
+        raise _indivisible_over_context(name, length, parallel.context, fitting, zigzag=zigzag)
     if length % rows:
-        raise _indivisible_over_tensor(length, parallel, fitting)
+        raise _indivisible_over_tensor(name, length, parallel, fitting)
 
 
 def check_exchange(stack: tuple[Segment, ...], parallel: Parallel) -> None:
@@ -61,17 +66,17 @@ def _exchanged_heads(stack: tuple[Segment, ...]) -> Iterator[tuple[str, int]]:
                 yield f"model.stack.{index}.{name}", count
 
 
-def _indivisible_over_context(length: int, context: int, fitting: int, *, zigzag: bool) -> UsageError:
+def _indivisible_over_context(name: str, length: int, context: int, fitting: int, *, zigzag: bool) -> UsageError:
     pairs = " into two chunks per rank, which balance mixers that see the whole past" if zigzag else ""
     return UsageError(
-        f"train.sequence_length={length} cannot be divided over parallel.context={context}{pairs}: "
+        f"{name}={length} cannot be divided over parallel.context={context}{pairs}: "
         f"use {nearest_multiples(length, fitting)}"
     )
 
 
-def _indivisible_over_tensor(length: int, parallel: Parallel, fitting: int) -> UsageError:
+def _indivisible_over_tensor(name: str, length: int, parallel: Parallel, fitting: int) -> UsageError:
     local = "" if parallel.context == 1 else f" over parallel.context={parallel.context} and then"
     return UsageError(
-        f"train.sequence_length={length} cannot be divided{local} over parallel.tensor={parallel.tensor}, which "
+        f"{name}={length} cannot be divided{local} over parallel.tensor={parallel.tensor}, which "
         f"parallel.sequence=true needs: use {nearest_multiples(length, fitting)}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -33,6 +33,7 @@ _DEMANDS = {
     "float_parsing": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
+    "string_type": "text: put it in quotes if it looks like a number or a date",
     "bool_parsing": "true or false",
     "tuple_type": "a list",
     "model_type": "a section of keys",
@@ -153,6 +154,10 @@ def _all_keys(owner: type[Section], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+def _section_of_items(annotation: Any) -> type[Section] | None:
+    return _section_in(get_args(annotation)[0]) if get_origin(annotation) is tuple else None
+
+
 def _section_in(annotation: Any) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
@@ -174,7 +179,7 @@ def _owner(location: Location) -> type[Section]:
         if _is_segment_tag(location, position):
             owner = SEGMENTS[str(part)]
         elif field := owner.model_fields.get(str(part)):
-            owner = _section_in(field.annotation) or owner
+            owner = _section_in(field.annotation) or _section_of_items(field.annotation) or owner
     return owner
 
 

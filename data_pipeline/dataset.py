@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..configs.errors import UsageError
-from .manifest import load_manifest, token_dtype
-from .shard_reader import Piece, ShardReader, map_file
-
-_OPEN_SHARDS = 256
-"""A mapped file holds a descriptor, and a process may have as few as 1024 of them."""
+from ..configs.errors import RunError, UsageError
+from .shards.manifest import load_manifest, token_dtype
+from .shards.member_index import INDEX_SUFFIX
+from .shards.reader import Piece, ShardReader
+from .storage.folder import open_folder
+from .storage.shard_cache import cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,77 +32,115 @@ class Sample:
         begins[self.document_starts] = self.document_starts
         return np.maximum.accumulate(begins)
 
+    def positions(self) -> NDArray[np.int64]:
+        """(S,): for each input its position in its document, counted from the window's start if that is later."""
+        return np.arange(self.tokens.size - 1) - self.document_start_per_token()
+
 
 class TokenDataset:
     """The windows of ``sequence_length`` + 1 tokens of a split, with stride ``sequence_length``.
 
     The documents of the split lie one behind the other, each with the token that ends it. Sample g starts at
     token g * sequence_length, so every token but the first is a label once and the remainder at the end is
-    not read. The shards are mapped into memory and each member is verified when it is first touched.
+    not read. ``location`` is a folder, or the http(s):// or s3:// URL of one, of which the parts that are read are kept
+    under ``cache`` (see ``storage.shard_cache``). Opening reads the manifest and touches no shard, for there may be thousands
+    of both shards and ranks. Several threads may read at once.
 
     Raises UsageError for a folder without prepared data, a split that is not there and a sequence length that
-    is too long for it; RunError for a shard that is missing, cut or damaged, the last when a sample touches
-    it.
+    is too long for it; RunError when the location cannot be read. A sample that touches a shard which is missing, cut
+    or damaged raises Damage (see ``shards.reader``).
     """
 
-    def __init__(self, directory: Path, split: str, sequence_length: int) -> None:
-        self.manifest = load_manifest(directory)
-        self.sequence_length = sequence_length
-        self._length = self._count_windows(directory, split)
-        records = self.manifest.splits[split]
-        dtype = token_dtype(self.manifest.dtype)
-        mapped = lru_cache(_OPEN_SHARDS)(map_file)
-        self._shards = [ShardReader(directory / record.name, record, dtype, mapped) for record in records]
-        self._ends = np.cumsum([record.tokens for record in records], dtype=np.int64)
-
-    @property
-    def fingerprint(self) -> str:
+    def __init__(self, location: str | Path, split: str, sequence_length: int, *, cache: Path | None = None) -> None:
+        folder = open_folder(location)
+        self.location = folder.location
+        self.manifest = load_manifest(folder)
+        self.fingerprint = self.manifest.fingerprint
         """Identity of the prepared data (``Manifest.fingerprint``)."""
-        return self.manifest.fingerprint
+        self.split = split
+        self.sequence_length = sequence_length
+        self._length = self._count_windows()
+        self._folder = cached(folder, self.fingerprint, cache)
+        self._records = self.manifest.splits[split]
+        dtype = token_dtype(self.manifest.dtype)
+        self._shards = [ShardReader(self._folder, record, dtype) for record in self._records]
+        self._ends = np.cumsum([record.tokens for record in self._records], dtype=np.int64)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index`` in [0, len). Raises IndexError outside it, RunError when it is damaged."""
-        if not 0 <= index < self._length:
-            raise IndexError(f"sample {index} is outside [0, {self._length})")
+        """Sample ``index`` in [0, len). Raises IndexError outside it, Damage when it is damaged."""
         length = self.sequence_length
         tokens = np.empty(length + 1, np.int64)
         starts: list[NDArray[np.int64]] = []
         filled = 0
-        for piece, piece_starts in self._pieces(index * length, length + 1):
+        for piece, piece_starts in self._pieces(index):
             tokens[filled : filled + piece.size] = piece
             starts.append(piece_starts + filled)
             filled += piece.size
         document_starts = np.concatenate(starts)
         return Sample(tokens, document_starts[document_starts < length])
 
-    def _pieces(self, start: int, count: int) -> list[Piece]:
-        pieces: list[Piece] = []
-        number = int(np.searchsorted(self._ends, start, side="right"))
-        while count:
-            end = int(self._ends[number])
-            first = int(self._ends[number - 1]) if number else 0
-            stop = min(start + count, end)
-            pieces.extend(self._shards[number].read(start - first, stop - first))
-            count -= stop - start
-            start = stop
-            number += 1
-        return pieces
+    def describe(self, index: int) -> tuple[str, ...]:
+        """Where the tokens of a sample lie, for logs: for each shard its address and the half-open range in it."""
+        return tuple(
+            f"{self._shards[number].address} tokens [{start}, {stop})" for number, start, stop in self._ranges(index)
+        )
 
-    def _count_windows(self, directory: Path, split: str) -> int:
+    def check_files(self) -> None:
+        """Compare the presence and size of all files of the split with the manifest, by one listing where there is one.
+
+        Raises RunError with the first file that is wrong and their number. For one rank at the start of a run:
+        contents are verified as they are read.
+        """
+        expected: dict[str, int | None] = {}
+        for record in self._records:
+            expected[record.name] = record.bytes
+            expected[record.name.removesuffix(".tar") + INDEX_SUFFIX] = None
+        try:
+            found = self._folder.sizes(expected)
+        except OSError as error:
+            raise RunError(f"the files of {self.location} cannot be listed ({error.strerror or error})") from error
+        wrong = [name for name, size in expected.items() if name not in found or size not in (None, found[name])]
+        if wrong:
+            name = wrong[0]
+            size = f"has {found[name]} bytes and the manifest says {expected[name]}" if name in found else "is missing"
+            raise RunError(
+                f"{self._folder.address(name)} {size} ({len(wrong)} of the {len(expected)} files of the split "
+                f"{self.split} are wrong); restore them from a copy, or prepare the data again"
+            )
+
+    def _pieces(self, index: int) -> Iterator[Piece]:
+        for number, start, stop in self._ranges(index):
+            yield from self._shards[number].read(start, stop)
+
+    def _ranges(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """For each shard that holds some of a sample: its number, and the half-open range of its tokens."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"sample {index} is outside [0, {self._length})")
+        start = index * self.sequence_length
+        stop = start + self.sequence_length + 1
+        number = int(self._ends.searchsorted(start, "right"))
+        while start < stop:
+            end = int(self._ends[number])
+            first = end - self._records[number].tokens
+            yield number, start - first, min(stop, end) - first
+            start = end
+            number += 1
+
+    def _count_windows(self) -> int:
+        split, tokens, length = self.split, self.manifest.tokens(self.split), self.sequence_length
         if split not in self.manifest.splits:
             raise UsageError(
-                f"{directory} has no split {split}, only {' and '.join(self.manifest.splits)}; "
+                f"{self.location} has no split {split}, only {' and '.join(self.manifest.splits)}; "
                 "prepare the data with a validation_fraction above 0 if it is to have one"
             )
-        tokens, length = self.manifest.tokens(split), self.sequence_length
         if length < 1:
             raise UsageError(f"sequence_length={length} is not a length; choose 1 or more")
         if tokens < length + 1:
             raise UsageError(
-                f"sequence_length={length} is too long for the split {split} of {directory}, which has "
+                f"sequence_length={length} is too long for the split {split} of {self.location}, which has "
                 f"{tokens} tokens; choose {tokens - 1} or less, or prepare more data"
             )
         return (tokens - 1) // length

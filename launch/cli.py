@@ -1,4 +1,4 @@
-"""The command line: ``trine pretrain``, ``trine parity``, ``trine data prepare`` and ``trine doctor``.
+"""The command line: ``trine pretrain``, ``trine parity``, ``trine data`` and ``trine doctor``.
 
 Each command imports what it needs when it runs, so that ``trine --help`` answers at once.
 """
@@ -6,13 +6,15 @@ Each command imports what it needs when it runs, so that ``trine --help`` answer
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
 from ..configs.errors import RunError, UsageError
+from . import data_commands, data_reports
+from .exit_codes import tell
 
 if TYPE_CHECKING:
     from ..configs.schema import Config
@@ -59,17 +61,6 @@ examples:
 
 exit codes: 0 every layout agrees; 1 one does not, or failed; 2 wrong use; 130 stopped by Ctrl-C"""
 
-_PREPARE = """\
-Turn text into token shards that runs read: a tokenizer, shards for training and validation, and a manifest
-with checksums. A preparation that was cut short is done anew by the same command."""
-
-_PREPARE_EXAMPLES = f"""\
-examples:
-  trine data prepare corpus/ more.jsonl --output data/corpus --tokenizer tokenizer.json
-  trine data prepare stdlib --output data/demo --train-tokenizer 4096
-
-{_EXIT_CODES}"""
-
 _DOCTOR = """\
 Tell what this machine and this Python environment can do: what is there, what is not, and what that would
 give."""
@@ -93,15 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except SystemExit as done:  # argparse has printed the help or the version
         return int(done.code or 0)
-    except UsageError as error:
-        print(f"trine: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"trine: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("trine: interrupted", file=sys.stderr)
-        return 130
+    except (UsageError, RunError, KeyboardInterrupt) as error:
+        return tell(error)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,8 +118,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_pretrain(commands)
     _add_parity(commands)
-    data = _add(commands, "data", "prepare the data that runs read", "Prepare the data that runs read.", "")
-    _add_prepare(data.add_subparsers(title="commands", metavar="COMMAND", required=True))
+    _add_data(commands)
     doctor = _add(commands, "doctor", "tell what this machine can do", _DOCTOR, _DOCTOR_EXAMPLES)
     doctor.set_defaults(command=_doctor, parser=doctor)
     return parser
@@ -177,23 +160,15 @@ def _add_recipe(parser: _Parser, what: str) -> None:
     )
 
 
-def _add_prepare(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add(commands, "prepare", "turn text into token shards", _PREPARE, _PREPARE_EXAMPLES)
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT",
-        help="a folder, a text file, a .jsonl file with a field 'text', or 'stdlib': Python's own sources",
-    )  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder for them")
-    tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this tokenizer.json")
-    tokenizer.add_argument(
-        "--train-tokenizer", type=int, metavar="VOCAB", help="train a byte-level BPE of this many tokens"
-    )
-    parser.add_argument(
-        "--validation-fraction", type=float, default=0.02, metavar="F",
-        help="share of the documents that is held out for validation (default: %(default)s)",
-    )  # fmt: skip
-    parser.set_defaults(command=_prepare, parser=parser)
+def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
+    summary = "prepare the data that runs read, and look at it"
+    data = _add(commands, "data", summary, f"{summary[0].upper()}{summary[1:]}.", "")
+    subcommands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    epilog = f"{data_commands.EXAMPLES}\n\n{_EXIT_CODES}"
+    prepare = _add(subcommands, "prepare", data_commands.SUMMARY, data_commands.DESCRIPTION, epilog)
+    data_commands.add_prepare_options(prepare)
+    data_reports.add_verify(partial(_add, subcommands))
+    data_reports.add_stats(partial(_add, subcommands))
 
 
 def _add(
@@ -242,12 +217,12 @@ def _launch(words: Sequence[str], asked: int | None) -> int:
     """Start the ranks, after everything that can be refused has been looked at."""
     from ..configs.checks import check_config, check_layout
     from ..configs.loading import load_config, set_vocabulary
-    from ..data_pipeline.manifest import load_manifest
+    from ..data_pipeline.opening import read_manifests
 
     recipe, *overrides = words
     config = load_config(Path(recipe), overrides)
     check_config(config)
-    config = set_vocabulary(config, load_manifest(config.data.directory).vocabulary_size)
+    config = set_vocabulary(config, read_manifests(config.data)[0].vocabulary_size)
     processes = _processes(config, asked)
     check_layout(config, processes)
 
@@ -289,25 +264,6 @@ def _parity(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         json_target=arguments.json,
     )
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from ..data_pipeline.prepare import prepare
-
-    manifest = prepare(
-        arguments.inputs,
-        arguments.output,
-        tokenizer=arguments.tokenizer,
-        train_tokenizer=arguments.train_tokenizer,
-        validation_fraction=arguments.validation_fraction,
-        progress=lambda sentence: print(f"trine: {sentence}", file=sys.stderr, flush=True),
-    )
-    splits = ", ".join(
-        f"{manifest.tokens(split):,} tokens of {manifest.documents(split):,} documents for {split}"
-        for split in manifest.splits
-    )
-    print(f"{arguments.output}: {splits}; vocabulary {manifest.vocabulary_size:,}")
-    return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:

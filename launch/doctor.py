@@ -148,13 +148,26 @@ def _launchers() -> Iterator[Finding]:
         "yes" if mpirun else "no",
         mpirun or "not on PATH; Open MPI could start ranks on several hosts",
     )
-    yield _optional("mpi4py", "mpi4py", "mpi4py", "MPI from Python; mpirun starts ranks without it")
+    yield _optional("mpi4py", "mpi4py", "mpi4py", "preparation of data under mpirun; training starts there without it")
     absent = [command for command in ("sbatch", "srun", "scontrol") if not shutil.which(command)]
     yield Finding(
         "Slurm", "no" if absent else "yes",
         f"not on PATH: {', '.join(absent)}; srun could start ranks on several hosts" if absent
         else "sbatch, srun and scontrol",
     )  # fmt: skip
+
+
+def _data() -> Iterator[Finding]:
+    uses = {
+        "pyarrow": "preparation of Parquet files",
+        "zstandard": "preparation of .zst files",
+        "sentencepiece": "preparation with a sentencepiece model",
+        "aiohttp": "prepared data on a web server",
+        "s3fs": "prepared data in an S3 store",
+        "matplotlib": "pictures of document lengths",
+    }
+    for package, use in uses.items():
+        yield _optional(package, package, package, use)
 
 
 def _machine() -> Iterator[Finding]:
@@ -168,7 +181,7 @@ def _machine() -> Iterator[Finding]:
 
 
 _LOOKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    _python, _torch, _packages, _accelerators, _launchers, _machine,
+    _python, _torch, _packages, _accelerators, _launchers, _data, _machine,
 )  # fmt: skip
 
 

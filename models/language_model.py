@@ -68,7 +68,7 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
         """Run this stage on whole sequences, of which it takes this context rank's share.
 
         Args:
-            tokens: (B, S) token ids; read by the first stage alone.
+            tokens: (B, S) token ids, of which stages after the first take the shape alone.
             labels: (B, S) ids to predict; read by the last stage alone.
             document_start: (B, S) position at which each token's document starts, where documents are kept apart.
 
@@ -77,8 +77,9 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
             this rank (B, S / context size) in fp32, or their logits (S / context size, B, vocabulary / tensor size)
             where no labels are given.
         """
-        x, kv = self._enter(self.context.share.take(tokens, dim=1))
-        x, kv = self.decoder(x, kv, Sequences(self.context, document_start, self.site.recompute != "none"))
+        context = self.context.over(tokens.shape[1])
+        x, kv = self._enter(context.share.take(tokens, dim=1), context.share.local_length)
+        x, kv = self.decoder(x, kv, Sequences(context, document_start, self.site.recompute != "none"))
         if not self.post_process:
             return make_viewless_tensor(  # type: ignore[no-any-return]
                 pack(x, kv if self.sends_kv else None), requires_grad=True, keep_graph=True
@@ -86,7 +87,7 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
         logits: Tensor = self.output(self.final_norm(x), self.shared_embedding_or_output_weight())
         if labels is None:
             return logits
-        mine = self.context.share.take(labels, dim=1)
+        mine = context.share.take(labels, dim=1)
         loss: Tensor = vocab_parallel_cross_entropy(logits.float(), mine.transpose(0, 1).contiguous())
         return loss.transpose(0, 1).contiguous()
 
@@ -98,10 +99,10 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
             return self.embedding.weight  # type: ignore[no-any-return]
         return self.tied.weight if self.post_process else None
 
-    def flops_per_token(self) -> float:
+    def flops_per_token(self, sequence_length: int) -> float:
         """Forward operations of this stage's matrix products per token, over all tensor ranks."""
         model, plans = self.site.model, self.plans[self.stage.first : self.stage.last]
-        flops = sum(layer_flops(plan, model, self.context.share.length) for plan in plans)
+        flops = sum(layer_flops(plan, model, sequence_length) for plan in plans)
         return flops + (head_flops(model) if self.post_process else 0.0)
 
     def _mark_tied(self) -> None:
@@ -131,10 +132,10 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
     def _global_layer(self, match: re.Match[str]) -> str:
         return f"layers.{int(match[1]) + self.stage.first}."
 
-    def _enter(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _enter(self, tokens: Tensor, local_length: int) -> tuple[Tensor, Tensor | None]:
         if self.pre_process:
             x: Tensor = self.embedding(tokens)
             return (x * x.shape[-1] ** 0.5 if self.site.model.embedding_scale else x), None
         if self._input is None:
             raise RuntimeError("a pipeline stage ran before it received its input")
-        return unpack(self._input, self.site.model.hidden_size, self.context.share.local_length)
+        return unpack(self._input, self.site.model.hidden_size, local_length)

@@ -28,7 +28,7 @@ from ..configs.errors import RunError
 from .engine import Engine
 from .shards import load_parameters, sharded_state
 
-FORMAT = 1
+FORMAT = 2
 
 # torch's CheckpointException is no Exception but a BaseException: nothing else would catch it.
 _ENGINE_ERRORS = (CheckpointException, CheckpointingException)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 from typing import Literal, NamedTuple
@@ -89,6 +89,12 @@ class SequenceShare:
         return tuple(chain.from_iterable(self.chunks_of(rank) for rank in range(self.size)))
 
 
+@lru_cache(maxsize=16)
+def _resized(share: SequenceShare, length: int) -> SequenceShare:
+    """Kept, because a share computes its positions once."""
+    return replace(share, length=length)
+
+
 @dataclass(frozen=True)
 class ContextParallel:
     """This rank's share of each sequence, and the exchanges with the ranks that hold the rest."""
@@ -97,6 +103,10 @@ class ContextParallel:
     group: ProcessGroup
     exchange: Literal["gather", "all_to_all"] = "gather"
     """How softmax mixers meet the keys of the other ranks."""
+
+    def over(self, length: int) -> ContextParallel:
+        """The same ranks over sequences of another length, as while ``train.sequence_ramp`` lasts."""
+        return self if length == self.share.length else replace(self, share=_resized(self.share, length))
 
     def gather_chunks(self, x: Tensor) -> Tensor:
         """(chunks held here, ...) -> (all chunks, ...) in the order of the sequence; backward sums over the ranks."""

@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from ..configs.ramps import StepShape, full_shape
 from ..configs.schema import Config
 from ..configs.stack import expand
 from .engine_config import DTYPES
@@ -42,7 +43,7 @@ class Engine:
 
     Args:
         chunks: this rank's pipeline chunks, uninitialised or initialised, in fp32 on the rank's device.
-        config: the run. ``train.micro_batch_size`` and ``sequence_length`` fix the boundary tensors.
+        config: the run.
     """
 
     def __init__(self, chunks: list[Any], config: Config, topology: Topology) -> None:
@@ -57,12 +58,15 @@ class Engine:
         self.engine_config.grad_scale_func = self.optimizer.scale_loss
         self.engine_config.finalize_model_grads_func = finalize_model_grads
 
-    def train_step(self, microbatches: Microbatches) -> StepResult:
-        """Run the step's microbatches forward and backward and update the parameters."""
-        loss = self.compute_gradients(microbatches)
+    def train_step(self, microbatches: Microbatches, shape: StepShape | None = None) -> StepResult:
+        """Run a step's microbatches forward and backward and update the parameters.
+
+        ``shape`` is what the step takes where that is not the full batch, for as long as something ramps up.
+        """
+        loss = self.compute_gradients(microbatches, shape)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=self.config.train.global_batch_size)
+        self.scheduler.step(increment=1)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         return StepResult(loss, float(grad_norm), float(learning_rate), finite)
 
@@ -87,36 +91,41 @@ class Engine:
         for chunk in self.parallel_chunks:
             chunk.grad_accs.clear()
 
-    def compute_gradients(self, microbatches: Microbatches) -> float:
+    def compute_gradients(self, microbatches: Microbatches, shape: StepShape | None = None) -> float:
         """Forward and backward alone: leaves the reduced gradients in each parameter's ``main_grad``."""
         for chunk in self.parallel_chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._run(microbatches, self.topology.layout.num_microbatches, forward_only=False)
+        shape = shape or full_shape(self.config.train)
+        return self._run(microbatches, self.num_microbatches(shape.samples), shape, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Microbatches, num_microbatches: int) -> float:
-        """Mean loss over ``num_microbatches`` per data-parallel rank, without gradients."""
+        """Mean loss over ``num_microbatches`` of full length per data-parallel rank, without gradients."""
         for chunk in self.parallel_chunks:
             chunk.eval()
-        return self._run(microbatches, num_microbatches, forward_only=True)
+        return self._run(microbatches, num_microbatches, full_shape(self.config.train), forward_only=True)
 
-    def _run(self, microbatches: Microbatches, num_microbatches: int, forward_only: bool) -> float:
-        train, layout = self.config.train, self.topology.layout
+    def num_microbatches(self, samples: int) -> int:
+        """Microbatches of each data-parallel rank in a step of ``samples``."""
+        return samples // (self.config.train.micro_batch_size * self.topology.layout.data)
+
+    def _run(self, microbatches: Microbatches, num_microbatches: int, shape: StepShape, *, forward_only: bool) -> float:
+        layout = self.topology.layout
         iterators = list(itertools.tee(microbatches, len(self.parallel_chunks)))
         arguments: dict[str, Any] = dict(
             forward_step_func=self._forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.parallel_chunks if len(iterators) > 1 else self.parallel_chunks[0],
             num_microbatches=num_microbatches,
-            seq_length=train.sequence_length,
-            micro_batch_size=train.micro_batch_size,
+            seq_length=shape.sequence_length,
+            micro_batch_size=self.config.train.micro_batch_size * shape.pieces,
             forward_only=forward_only,
         )
         communicator = None
         if layout.pipeline > 1:
-            communicator = self._communicator(num_microbatches, forward_only)
+            communicator = self._communicator(num_microbatches, shape, forward_only)
             arguments |= dict(p2p_communicator=communicator, pg_collection=self.topology.groups)
         reports = get_forward_backward_func()(**arguments)
         if communicator is not None:
@@ -138,14 +147,14 @@ class Engine:
         mean = per_token.mean()
         return mean / self.topology.layout.context, {"loss": mean.detach()}
 
-    def _communicator(self, num_microbatches: int, forward_only: bool) -> KVCarryCommunicator:
-        train, engine = self.config.train, self.engine_config
-        rows = train.sequence_length // engine.context_parallel_size
+    def _communicator(self, num_microbatches: int, shape: StepShape, forward_only: bool) -> KVCarryCommunicator:
+        engine = self.engine_config
+        rows = shape.sequence_length // engine.context_parallel_size
         return KVCarryCommunicator(
             expand(self.config.model.stack), engine, self.topology.groups,
             split=self.chunks[0].split,
             rows=rows // engine.tensor_model_parallel_size if engine.sequence_parallel else rows,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=self.config.train.micro_batch_size * shape.pieces,
             num_microbatches=num_microbatches,
             forward_only=forward_only,
         )  # fmt: skip
@@ -195,16 +204,16 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
 
 
 def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
-    """Megatron-Core's schedule, counted in samples so that it does not depend on the batch size."""
-    o, batch = config.optimizer, config.train.global_batch_size
+    """Megatron-Core's schedule, counted in steps: as its settings are, whatever the batch size."""
+    o = config.optimizer
     decay = o.decay_steps or config.train.steps
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=o.learning_rate,
         min_lr=o.minimum_learning_rate,
-        lr_warmup_steps=o.warmup_steps * batch,
-        lr_decay_steps=decay * batch,
+        lr_warmup_steps=o.warmup_steps,
+        lr_decay_steps=decay,
         lr_decay_style="WSD" if o.schedule == "wsd" else o.schedule,
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,
@@ -212,6 +221,6 @@ def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=o.wsd_decay(decay) * batch,
+        wsd_decay_steps=o.wsd_decay(decay),
         lr_wsd_decay_style="linear",
     )

@@ -21,4 +21,4 @@ class Microbatch(NamedTuple):
 
 
 Microbatches = Iterator[Microbatch]
-"""The microbatches of one step or evaluation, each of (micro_batch_size, sequence_length)."""
+"""The microbatches of one step or evaluation, all of one shape (``configs.ramps.StepShape``)."""

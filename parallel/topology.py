@@ -40,6 +40,11 @@ class Topology:
         return int(self.groups.dp.rank())
 
     @property
+    def is_first_of_replica(self) -> bool:
+        """Whether this is the first of the ranks that together hold one copy of the model and read the same samples."""
+        return self.tensor_rank == self.pipeline_rank == int(self.groups.cp.rank()) == 0
+
+    @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pipeline_rank == self.layout.pipeline - 1

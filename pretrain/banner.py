@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..configs.ramps import full_shape, shapes_of
 from ..configs.schema import Config
 from ..configs.sequence_checks import ExchangingSegment
 from ..configs.stack import SharedKVSegment, context_order
@@ -17,11 +18,14 @@ from ..parallel.topology import Topology
 from .place import Place
 
 
-def banner(config: Config, topology: Topology, place: Place, parameters: list[int], resumed_from: Path | None) -> str:
+def banner(
+    config: Config, topology: Topology, place: Place, parameters: list[int], data: str, resumed_from: Path | None
+) -> str:
     """The banner's text.
 
     Args:
         parameters: elements held by each pipeline stage of one tensor rank.
+        data: the sources.
     """
     start = f"resuming from {resumed_from}" if resumed_from else "from the first step"
     rows = {
@@ -34,6 +38,7 @@ def banner(config: Config, topology: Topology, place: Place, parameters: list[in
         "precision": f"{config.precision.compute} compute, fp32 gradients, master weights and optimizer state",
         "optimizer": _optimizer(config),
         "batch": _batch(config, topology),
+        "data": data,
         "documents": _documents(config),
         "activations": _activations(config),
         "run": f"{config.run.directory}, {start}",
@@ -123,7 +128,14 @@ def _optimizer(config: Config) -> str:
 def _batch(config: Config, topology: Topology) -> str:
     train = config.train
     return (
-        f"{train.global_batch_size} x {train.sequence_length} tokens a step, "
+        f"{train.global_batch_size} x {train.sequence_length} tokens a step{_ramps(config)}, "
         f"{topology.layout.num_microbatches} microbatches of {train.micro_batch_size} per data rank, "
         f"{train.steps} steps"
     )
+
+
+def _ramps(config: Config) -> str:
+    before = [shape for shape in shapes_of(config.train) if shape != full_shape(config.train)]
+    if not before:
+        return ""
+    return f" (after {', '.join(f'{shape.samples * shape.pieces} x {shape.sequence_length}' for shape in before)})"

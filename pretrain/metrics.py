@@ -5,13 +5,14 @@ Tag names that Megatron-LM has are kept, so that its dashboards work.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from .journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,9 @@ _STEP_TAGS = {
     "grad_norm": "grad-norm",
     "step_time_s": "iteration-time",
     "tokens": "train/tokens_seen",
+    "data_time_s": "time/data",
+    "batch_size": "batch-size",
+    "sequence_length": "train/sequence_length",
     "tokens_per_s": "perf/tokens_per_sec",
     "tflops_per_rank": "throughput",
 }
@@ -40,7 +44,12 @@ class StepMetrics:
     tokens: int
     """Tokens trained on since the start of the run."""
     consumed_samples: int
+    batch_size: int
+    """Samples of the step."""
+    sequence_length: int
     step_time_s: float
+    data_time_s: float
+    """Part of ``step_time_s`` in which rank 0 waited for data."""
     tokens_per_s: float
     tflops_per_rank: float
     """Model operations (forward and backward, recomputation not counted) per second and rank, in 1e12."""
@@ -49,22 +58,19 @@ class StepMetrics:
 class Metrics:
     """Writes ``metrics.jsonl`` and TensorBoard events. Only one rank of a run holds one."""
 
-    def __init__(self, directory: Path, resolved_config: str, first_step: int, global_batch_size: int) -> None:
+    def __init__(self, directory: Path, resolved_config: str, first_step: int, consumed_samples: int) -> None:
         """Continue after ``first_step`` steps: what an interrupted run recorded beyond is forgotten."""
-        self._path = directory / "metrics.jsonl"
-        self._batch = global_batch_size
-        _forget_after(self._path, first_step)
-        self._file = self._path.open("a", buffering=1)
+        self._journal = Journal(directory / "metrics.jsonl", first_step)
         self._board = _Board(directory / "tensorboard", first_step)
         # Forgetting goes by position, so curves over samples need a writer of their own.
-        self._samples_board = _Board(directory / "tensorboard" / "samples", first_step * global_batch_size)
+        self._samples_board = _Board(directory / "tensorboard" / "samples", consumed_samples)
         self._board.write(lambda w: w.add_text("config", f"```yaml\n{resolved_config}\n```", first_step))
 
     def step(self, metrics: StepMetrics) -> None:
         """Record a training step."""
         values = asdict(metrics)
-        self._file.write(json.dumps(values) + "\n")
-        tags = {tag: values[name] for name, tag in _STEP_TAGS.items()} | {"batch-size": self._batch}
+        self._journal.write(values)
+        tags = {tag: values[name] for name, tag in _STEP_TAGS.items()}
         self._board.scalars(tags, metrics.step)
         versus = {f"{tag} vs samples": tags[tag] for tag in _VERSUS_SAMPLES}
         self._samples_board.scalars(versus, metrics.consumed_samples)
@@ -72,23 +78,23 @@ class Metrics:
     def evaluation(self, step: int, consumed_samples: int, loss: float) -> None:
         """Record a validation loss."""
         values = {"step": step, "consumed_samples": consumed_samples, "validation_loss": loss}
-        self._file.write(json.dumps(values) + "\n")
+        self._journal.write(values)
         tags = {"lm loss validation": loss, "lm loss validation ppl": math.exp(min(20.0, loss))}
         self._board.scalars(tags, step)
 
-    def lambdas(self, step: int, values: Mapping[int, float]) -> None:
-        """Record lambda of every differential layer, by global layer index."""
-        self._board.scalars({f"diff/lambda/layer_{layer:02d}": value for layer, value in values.items()}, step)
+    def values(self, step: int, tags: Mapping[str, float]) -> None:
+        """Record values in TensorBoard alone."""
+        self._board.scalars(tags, step)
 
     def flush(self) -> None:
         """Bring everything to disk: what a checkpoint covers must not be lost with the process."""
-        self._file.flush()
+        self._journal.flush()
         for board in (self._board, self._samples_board):
             board.write(lambda w: w.flush())
 
     def close(self) -> None:
         """Flush and close everything."""
-        self._file.close()
+        self._journal.close()
         for board in (self._board, self._samples_board):
             board.write(lambda w: w.close())
 
@@ -120,20 +126,3 @@ class _Board:
     def _give_up(self, error: Exception) -> None:
         logger.warning("TensorBoard is off for the rest of this run: %s", error)
         self._writer = None
-
-
-def _forget_after(path: Path, last_step: int) -> None:
-    """Drop the lines of steps after ``last_step`` (all, where none was done), and a line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines() if last_step and _step_of(line) <= last_step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(line + "\n" for line in kept))
-    part.replace(path)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

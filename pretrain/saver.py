@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..configs.errors import UsageError
 from ..configs.schema import Config
 from ..parallel import checkpoint
 from ..parallel.engine import Engine
+from .progress import Progress
 from .run_data import RunData
 
 logger = logging.getLogger(__name__)
@@ -27,11 +29,11 @@ class Saver:
         """The newest checkpoint on disk."""
         return checkpoint.newest(self._root)
 
-    def restore(self) -> tuple[Path, int] | None:
-        """Load the newest checkpoint, if there is one; returns it and the number of steps done.
+    def restore(self) -> tuple[Path, Progress] | None:
+        """Load the newest checkpoint, if there is one; returns it and how far it had come.
 
         Raises:
-            UsageError: it belongs to another model, other data, another seed or another length.
+            UsageError: it belongs to another model, or to other data without ``data.on_change=accept``.
             RunError: it is damaged.
         """
         found = checkpoint.find(self._root)
@@ -39,34 +41,33 @@ class Saver:
             return None
         path, state = found
         _check_same_model(path, state["model"], self._model())
-        self._data.check_state(state["data"])
-        _check_same(path, "train.global_batch_size", state["global_batch_size"], self._config.train.global_batch_size)
+        self._data.restore(state["data"])
         _check_same(path, "precision.compute", state["compute"], self._config.precision.compute)
         checkpoint.load(path, self._engine)
-        self._saved_step = int(state["step"])
-        return path, self._saved_step
+        progress = Progress(**state["progress"])
+        self._saved_step = progress.step
+        return path, progress
 
     def is_due(self, step: int) -> bool:
         """Whether step ``step`` ends with a save at the interval."""
         interval = self._config.checkpoint.interval
         return interval > 0 and step % interval == 0
 
-    def save(self, step: int) -> Path | None:
-        """Write a checkpoint after ``step`` steps, unless it is there already."""
+    def save(self, progress: Progress) -> Path | None:
+        """Write a checkpoint at this point of the run, unless it is there already."""
+        step = progress.step
         if step == self._saved_step:
             return None
-        path = checkpoint.save(self._root, step, self._engine, self._state(step), self._config.checkpoint.keep)
+        path = checkpoint.save(self._root, step, self._engine, self._state(progress), self._config.checkpoint.keep)
         self._saved_step = step
         logger.info("saved %s", path)
         return path
 
-    def _state(self, step: int) -> dict[str, Any]:
-        batch = self._config.train.global_batch_size
+    def _state(self, progress: Progress) -> dict[str, Any]:
         return {
-            "step": step,
-            "global_batch_size": batch,
+            "progress": asdict(progress),
             "compute": self._config.precision.compute,
-            "data": self._data.state(step * batch),
+            "data": self._data.state(progress.samples),
             "model": self._model(),
         }
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from pathlib import Path
 
 from ..configs.checks import check_layout
 from ..configs.errors import RunError
 from ..configs.loading import dump_config, set_vocabulary
+from ..configs.ramps import StepShape, shape_after, shapes_of
 from ..configs.schema import Config
-from ..data_pipeline.manifest import load_manifest
+from ..data_pipeline.opening import read_manifests
 from ..models.build import build_chunks, local_parameters
 from ..parallel.engine import Engine, StepResult
 from ..parallel.topology import Topology, build_topology, join, leave, leave_topology, sum_over_pipeline
@@ -18,6 +20,7 @@ from .banner import banner
 from .console import Console, duration
 from .metrics import Metrics, StepMetrics
 from .place import Place
+from .progress import Progress
 from .run_data import RunData
 from .saver import Saver
 
@@ -26,8 +29,9 @@ logger = logging.getLogger(__name__)
 TRAINING_FLOPS = 3.0
 """Operations of a training step as multiples of its forward pass: each product has two gradients."""
 
-LAMBDA_INTERVAL = 10
-"""Steps between records of lambda: it moves slowly, and each record is a small sum over the pipeline."""
+SLOW_INTERVAL = 10
+"""Steps between records of what moves slowly: lambda, of which each record is a small sum over the pipeline, and the
+shares of the data's sources."""
 
 
 def pretrain(config: Config, place: Place) -> None:
@@ -37,7 +41,7 @@ def pretrain(config: Config, place: Place) -> None:
         UsageError: the configuration does not fit the ranks, the data or the run's checkpoint.
         RunError: the run cannot go on.
     """
-    config = set_vocabulary(config, load_manifest(config.data.directory).vocabulary_size)
+    config = set_vocabulary(config, read_manifests(config.data)[0].vocabulary_size)
     layout = check_layout(config, place.world_size)
     topology = build_topology(layout, join(place.rank, place.world_size, place.local_rank))
     Trainer(config, topology, place).run()
@@ -54,17 +58,22 @@ class Trainer:
         self.chunks = build_chunks(config, topology)
         self.engine = Engine(self.chunks, config, topology)
         self.saver = Saver(config, self.engine, self.data)
-        self.step = 0
+        self.progress = Progress()
         self.validation_losses: list[float] = []
-        self.flops_per_token = self._model_flops()
+        self.flops_per_token = {length: self._model_flops(length) for length in self._lengths()}
 
     def run(self) -> None:
         """Train to ``train.steps``, from the newest checkpoint of the run's directory if it has one."""
+        with closing(self.data):
+            self._run()
+        self.engine.close()
+
+    def _run(self) -> None:
         restored = self.saver.restore()
         if restored is not None:
-            self.step = restored[1]
+            self.progress = restored[1]
         self._open(restored[0] if restored else None)
-        started, first_step = time.perf_counter(), self.step
+        started, first = time.perf_counter(), self.progress
         if self.step == 0:
             self._evaluate()
         while self.step < self.config.train.steps:
@@ -74,46 +83,56 @@ class Trainer:
             if self.saver.is_due(self.step):
                 self._save()
         self._save()
-        self._close(time.perf_counter() - started, self.step - first_step)
-        self.engine.close()
+        self._close(time.perf_counter() - started, first)
 
     @property
-    def consumed_samples(self) -> int:
-        """Samples trained on since the start of the run: the position in the data."""
-        return self.step * self.config.train.global_batch_size
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
 
     def _train_step(self) -> None:
-        started = time.perf_counter()
-        result = self.engine.train_step(self.data.training(self.consumed_samples))
-        self.step += 1
+        started, waited = time.perf_counter(), self.data.waited
+        consumed = self.progress.samples
+        shape = shape_after(self.config.train, consumed)
+        result = self.engine.train_step(self.data.training(consumed, self.step + 1), shape)
+        self.progress = self.progress.after(shape)
         if not result.finite:
             raise RunError(
                 f"step {self.step} is not finite (loss {result.loss:g}, gradient norm {result.grad_norm:g}): lower "
                 f"optimizer.learning_rate={self.config.optimizer.learning_rate:g} or optimizer.clip_grad="
                 f"{self.config.optimizer.clip_grad:g}; the same command continues from the newest checkpoint"
             )
-        self._record(result, time.perf_counter() - started)
+        self._record(result, shape, time.perf_counter() - started, self.data.waited - waited)
 
-    def _record(self, result: StepResult, seconds: float) -> None:
-        train = self.config.train
-        batch_tokens = train.global_batch_size * train.sequence_length
+    def _record(self, result: StepResult, shape: StepShape, seconds: float, waited: float) -> None:
+        flops = self.flops_per_token[shape.sequence_length] * shape.tokens
         metrics = StepMetrics(
             step=self.step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=result.learning_rate,
-            tokens=self.step * batch_tokens,
-            consumed_samples=self.consumed_samples,
+            tokens=self.progress.tokens,
+            consumed_samples=self.progress.samples,
+            batch_size=shape.samples,
+            sequence_length=shape.sequence_length,
             step_time_s=seconds,
-            tokens_per_s=batch_tokens / seconds,
-            tflops_per_rank=self.flops_per_token * batch_tokens / seconds / self.topology.layout.world_size / 1e12,
+            data_time_s=waited,
+            tokens_per_s=shape.tokens / seconds,
+            tflops_per_rank=flops / seconds / self.topology.layout.world_size / 1e12,
         )
         logger.info("step %d: loss %.6f, grad norm %.4f", metrics.step, metrics.loss, metrics.grad_norm)
-        lambdas = self._lambdas() if self.step % LAMBDA_INTERVAL == 0 else {}
         if self.metrics is not None:
             self.metrics.step(metrics)
-            self.metrics.lambdas(self.step, lambdas)
+        if self.step % SLOW_INTERVAL == 0:
+            self._record_slow()
         self.console.step(metrics)
+
+    def _record_slow(self) -> None:
+        lambdas = self._lambdas()
+        if self.metrics is not None:
+            values = {f"diff/lambda/layer_{layer:02d}": value for layer, value in lambdas.items()}
+            values |= self.data.mixture_values(self.progress.samples)
+            self.metrics.values(self.step, values | {"data/skipped_samples": float(self.data.skipped_samples)})
 
     def _evaluation_is_due(self) -> bool:
         interval = self.config.evaluation.interval
@@ -123,18 +142,17 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.config.evaluation.interval == 0:
             return
-        batches = self.config.evaluation.batches
-        count = batches * self.topology.layout.num_microbatches
-        loss = self.engine.evaluate(self.data.validation(batches), count)
+        count = self.config.evaluation.batches * self.topology.layout.num_microbatches
+        loss = self.engine.evaluate(self.data.validation(), count)
         self.validation_losses.append(loss)
         if self.metrics is not None:
-            self.metrics.evaluation(self.step, self.consumed_samples, loss)
+            self.metrics.evaluation(self.step, self.progress.samples, loss)
         self.console.say(f"step {self.step}: validation loss {loss:.4f}")
 
     def _save(self) -> None:
         if self.metrics is not None:
             self.metrics.flush()
-        self.saver.save(self.step)
+        self.saver.save(self.progress)
 
     def _open(self, resumed_from: Path | None) -> None:
         directory, first = self.config.run.directory, self.topology.rank == 0
@@ -145,26 +163,30 @@ class Trainer:
             directory.mkdir(parents=True, exist_ok=True)
             resolved = dump_config(self.config)
             (directory / "config.yaml").write_text(resolved)
-            self.metrics = Metrics(directory, resolved, self.step, self.config.train.global_batch_size)
-        self.console.say(banner(self.config, self.topology, self.place, parameters, resumed_from))
+            self.metrics = Metrics(directory, resolved, self.step, self.progress.samples)
+        if self.step < self.config.train.steps:
+            self.data.open_records(self.step)
+        self.console.say(banner(self.config, self.topology, self.place, parameters, self.data.describe(), resumed_from))
 
-    def _close(self, seconds: float, steps: int) -> None:
+    def _close(self, seconds: float, first: Progress) -> None:
         self.console.close()
         if self.metrics is not None:
             self.metrics.close()
-        self.console.say(self._summary(seconds, steps))
+        self.console.say(self._summary(seconds, first))
 
-    def _summary(self, seconds: float, steps: int) -> str:
+    def _summary(self, seconds: float, first: Progress) -> str:
         directory, train = self.config.run.directory, self.config.train
+        steps, tokens = self.step - first.step, self.progress.tokens - first.tokens
         if steps == 0:
             done = f"nothing to do: all {train.steps} steps were done before; raise train.steps to train further"
         else:
-            tokens = steps * train.global_batch_size * train.sequence_length
             done = f"{steps} step{'s' if steps > 1 else ''}, {tokens:,} tokens in {duration(seconds)}"
         lines = ["finished: " + done]
         if self.validation_losses:
             ends = [self.validation_losses[0], *self.validation_losses[1:][-1:]]
             lines.append(f"  validation   loss {' -> '.join(f'{loss:.3f}' for loss in ends)} nats per token")
+        if self.data.skipped_samples:
+            lines.append(f"  damaged      {self.data.skipped_samples} samples replaced: {directory / 'skipped.jsonl'}")
         lines += [
             f"  metrics      {directory / 'metrics.jsonl'}",
             f"  TensorBoard  tensorboard --logdir {directory}",
@@ -178,8 +200,11 @@ class Trainer:
         counts = sum_over_pipeline(own, self.topology.layout.pipeline, self.topology)
         return [round(count) for count in counts]
 
-    def _model_flops(self) -> float:
-        forward = sum(chunk.flops_per_token() for chunk in self.chunks)
+    def _lengths(self) -> list[int]:
+        return sorted({shape.sequence_length for shape in shapes_of(self.config.train)})
+
+    def _model_flops(self, sequence_length: int) -> float:
+        forward = sum(chunk.flops_per_token(sequence_length) for chunk in self.chunks)
         return TRAINING_FLOPS * sum_over_pipeline({0: forward}, 1, self.topology)[0]
 
     def _lambdas(self) -> dict[int, float]:

@@ -15,7 +15,7 @@ DEMO = str(RECIPES / "demo.yaml")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small preparation."""
-    from trine.data_pipeline.prepare import prepare
+    from trine.data_pipeline.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("corpus")
     for n in range(8):

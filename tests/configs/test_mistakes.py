@@ -27,8 +27,8 @@ UNKNOWN_KEYS = {
     "--train.steps=3": "--train is not a key; did you mean train?",
     "train.learning_rate=3": "train.learning_rate is not a key; did you mean optimizer.learning_rate?",
     "train.interval=3": "train.interval is not a key; did you mean evaluation.interval or checkpoint.interval?",
-    "train.lr=3": "train.lr is not a key; the keys of train are steps, global_batch_size, micro_batch_size, "
-    "sequence_length, document_masking, recompute, seed",
+    "train.lr=3": "train.lr is not a key; the keys of train are steps, global_batch_size, batch_ramp, micro_batch_size, "
+    "sequence_length, sequence_ramp, document_masking, recompute, seed",
     "zzz=1": f"zzz is not a key; the keys of the configuration are {SECTIONS}",
     "model.stack.0.hedas=3": "model.stack.0.hedas is not a key of mixer gated_retention; "
     "did you mean model.stack.0.heads?",

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trine.data_pipeline.manifest import DtypeName, Manifest, Request, token_dtype, write_manifest
-from trine.data_pipeline.prepare import prepare
-from trine.data_pipeline.shards import ShardWriter
+from trine.data_pipeline.preparation.prepare import prepare
+from trine.data_pipeline.shards.manifest import DtypeName, Manifest, Request, token_dtype, write_manifest
+from trine.data_pipeline.shards.writer import ShardWriter
 
 VOCABULARY = 300
 SHARD_TOKENS = 1200
 """Most documents are shorter and the longest are longer: shards hold several, and some are split."""
+CHUNK_BYTES = 10_000
+"""Some chunks hold several files, and the JSON Lines are cut."""
 
 _WORDS = [
     "retention",
@@ -56,7 +58,12 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prepared corpus: many shards in both splits. Tests that damage it copy it first."""
     output = tmp_path_factory.mktemp("prepared")
     prepare(
-        [str(corpus)], output, train_tokenizer=VOCABULARY, validation_fraction=0.2, shard_tokens=SHARD_TOKENS
+        [str(corpus)],
+        output,
+        train_tokenizer=VOCABULARY,
+        validation_fraction=0.2,
+        chunk_bytes=CHUNK_BYTES,
+        shard_tokens=SHARD_TOKENS,
     )
     return output
 
@@ -76,7 +83,9 @@ def write_split(tmp_path: Path) -> Callable[..., Path]:
             source_bytes=0,
             tokenizer_sha256=None,
             trained_vocabulary=VOCABULARY,
+            text_field="text",
             validation_fraction=0.0,
+            chunk_bytes=1,
             shard_tokens=1,
         )
         manifest = Manifest(

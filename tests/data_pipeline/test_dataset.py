@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trine.configs.errors import RunError, UsageError
-from trine.data_pipeline import dataset as dataset_module
 from trine.data_pipeline.dataset import Sample, TokenDataset
-from trine.data_pipeline.manifest import load_manifest
-from trine.data_pipeline.member_index import Member, parse_index
+from trine.data_pipeline.shards.manifest import load_manifest, write_manifest
+from trine.data_pipeline.shards.member_index import Member, dump_index, parse_index
+from trine.data_pipeline.shards.open_shards import OPEN_SHARDS
+from trine.data_pipeline.shards.reader import Damage
 
 WriteSplit = Callable[..., Path]
 DOCUMENTS = [[1, 2, 0], [3] * 24 + [0], [0], [4, 0], [5] * 9 + [0], [6, 7, 0]]
@@ -60,6 +65,8 @@ def test_windows_and_documents_against_the_plain_concatenation(
             expected.append(start)
         assert sample.document_start_per_token().dtype == np.int64
         assert sample.document_start_per_token().tolist() == expected
+        assert sample.positions().dtype == np.int64
+        assert sample.positions().tolist() == [position - start for position, start in enumerate(expected)]
         assert sample.document_starts.tolist() == [
             p - first for p in sorted(starts) if 0 <= p - first < sequence_length
         ]
@@ -76,12 +83,44 @@ def test_large_vocabularies_take_four_bytes(write_split: WriteSplit) -> None:
     assert dataset[0].tokens.tolist() == [70_000, 99_999, 0]
 
 
-def test_few_open_shards_are_enough(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = TokenDataset(prepared, "train", 64)
-    monkeypatch.setattr(dataset_module, "_OPEN_SHARDS", 1)
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_two_open_shards_are_enough(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [sample.tokens for sample in map(TokenDataset(prepared, "train", 64).__getitem__, range(20, 200))]
+    monkeypatch.setattr(OPEN_SHARDS, "limit", 2)
     dataset = TokenDataset(prepared, "train", 64)
-    for g in [*range(len(dataset)), *reversed(range(len(dataset)))]:
-        np.testing.assert_array_equal(dataset[g].tokens, expected[g].tokens)
+    dataset[0]
+    before = descriptors()
+    for g in [*range(20, 200), *reversed(range(20, 200))]:
+        np.testing.assert_array_equal(dataset[g].tokens, expected[g - 20])
+    assert len(OPEN_SHARDS) == 2
+    assert len({dataset.describe(g) for g in range(20, 200)}) > 2
+    assert descriptors() <= before + 1
+
+
+def test_many_threads_read_what_one_reads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OPEN_SHARDS, "limit", 3)
+    one, shared = (TokenDataset(prepared, "train", 33) for _ in range(2))
+    expected = [one[g] for g in range(len(one))]
+    ids = np.random.default_rng(0).integers(0, len(one), 6 * len(one))
+    with ThreadPoolExecutor(16) as threads:
+        for g, sample in zip(ids, threads.map(shared.__getitem__, ids), strict=True):
+            np.testing.assert_array_equal(sample.tokens, expected[g].tokens)
+            np.testing.assert_array_equal(sample.document_starts, expected[g].document_starts)
+
+
+def test_a_sample_says_where_it_lies(write_split: WriteSplit) -> None:
+    folder = write_split(DOCUMENTS, member_tokens=10, shard_tokens=20)
+    dataset = TokenDataset(str(folder), "train", 8)
+    assert dataset.describe(0) == (f"{folder}/train-00000-000.tar tokens [0, 9)",)
+    assert dataset.describe(2) == (
+        f"{folder}/train-00000-000.tar tokens [16, 23)",
+        f"{folder}/train-00000-001.tar tokens [0, 2)",
+    )
+    with pytest.raises(IndexError):
+        dataset.describe(len(dataset))
 
 
 def test_outside_is_an_index_error(prepared: Path) -> None:
@@ -101,16 +140,14 @@ def test_what_the_split_cannot_give_is_named(prepared: Path, write_split: WriteS
         TokenDataset(prepared, "validation", tokens)
     with pytest.raises(UsageError, match="sequence_length=0 is not a length"):
         TokenDataset(prepared, "validation", 0)
-    with pytest.raises(
-        UsageError, match="has no split validation, only train; prepare the data with a validation_fr"
-    ):
+    with pytest.raises(UsageError, match="has no split validation, only train; prepare the data with a validation_fr"):
         TokenDataset(write_split(DOCUMENTS), "validation", 2)
 
 
 @pytest.mark.parametrize("kind", ["tok", "len"])
 def test_a_flipped_byte_names_shard_and_member(write_split: WriteSplit, kind: str) -> None:
     folder = write_split(DOCUMENTS, member_tokens=10, shard_tokens=20)
-    shard = folder / "train-00001.tar"
+    shard = folder / "train-00000-001.tar"
     member = index_of(shard)[1]
     assert member.group == 4
     data = bytearray(shard.read_bytes())
@@ -121,53 +158,118 @@ def test_a_flipped_byte_names_shard_and_member(write_split: WriteSplit, kind: st
     first_bad = 31
     for g in range(first_bad - 1):  # everything before the damaged member is still read
         dataset[g]
-    with pytest.raises(RunError) as error:
+    with pytest.raises(Damage) as error:
         dataset[first_bad]
     expected = member.crc32 if kind == "tok" else member.lengths_crc32
-    message = str(error.value)
-    assert (
-        f"shard {shard}, member 000000004.{kind} is damaged: expected crc32 {expected:08x}, actual "
-        in message
-    )
-    with pytest.raises(RunError):  # and it stays refused
+    reason = f"is damaged: expected crc32 {expected:08x}, actual "
+    assert f"shard {shard}, member 00000-000004.{kind} {reason}" in str(error.value)
+    assert str(error.value).endswith("; restore it from a copy, or prepare the data again")
+    assert error.value.shard == str(shard)
+    assert error.value.member == f"00000-000004.{kind}"
+    assert error.value.reason.startswith(reason)
+    with pytest.raises(Damage):  # and it stays refused
         dataset[first_bad]
 
 
 def test_damage_elsewhere_does_not_stop_a_sample(write_split: WriteSplit) -> None:
     folder = write_split(DOCUMENTS, member_tokens=10)
-    shard = folder / "train-00000.tar"
+    shard = folder / "train-00000-000.tar"
     data = bytearray(shard.read_bytes())
     data[index_of(shard)[-1].offset] ^= 1
     shard.write_bytes(data)
     assert TokenDataset(folder, "train", 3)[0].tokens.tolist() == [1, 2, 0, 3]
 
 
-def test_a_cut_or_missing_shard_is_found_at_once(copy: Path) -> None:
-    shard = copy / "train-00001.tar"
-    size = shard.stat().st_size
-    with shard.open("r+b") as file:
+def shards_of(folder: Path) -> list[Path]:
+    return [folder / record.name for record in load_manifest(folder).splits["train"]]
+
+
+def test_a_missing_or_cut_shard_stops_only_its_samples(copy: Path) -> None:
+    first, second, *_, last = shards_of(copy)
+    size = first.stat().st_size
+    with first.open("r+b") as file:
         file.truncate(size - 512)
+    last.unlink()
+    dataset = TokenDataset(copy, "train", 8)
+    with pytest.raises(Damage, match=f"shard {first} has {size - 512} bytes and the manifest says {size}; restore it"):
+        dataset[0]
     with pytest.raises(
-        RunError, match=f"shard {shard} has {size - 512} bytes and the manifest says {size}; restore it"
-    ):
-        TokenDataset(copy, "train", 8)
-    shard.unlink()
+        Damage, match=rf"shard {last} cannot be read \(No such file or directory\); restore it"
+    ) as error:
+        dataset[len(dataset) - 1]
+    assert (error.value.shard, error.value.member) == (str(last), None)
+    inside_second = next(g for g in range(len(dataset)) if dataset.describe(g)[0].startswith(str(second)))
+    assert dataset[inside_second].tokens.shape == (9,)
+
+
+def test_a_shard_that_is_cut_while_it_is_open_is_damage(copy: Path) -> None:
+    dataset = TokenDataset(copy, "train", 8)
+    dataset[0]
+    os.truncate(shards_of(copy)[0], 512)
+    with pytest.raises(Damage, match=r"ends before byte \d+ and the manifest says \d+; restore it"):
+        dataset[0]
+
+
+def test_files_are_checked_by_their_sizes(copy: Path) -> None:
+    dataset = TokenDataset(copy, "train", 8)
+    dataset.check_files()
+    first, second, third, *_ = shards_of(copy)
+    size, files = second.stat().st_size, 2 * len(shards_of(copy))
+    os.truncate(second, size - 1)
+    third.with_suffix(".idx.npy").unlink()
     with pytest.raises(
-        RunError, match=rf"shard {shard} cannot be read \(No such file or directory\); restore it"
+        RunError,
+        match=rf"{second} has {size - 1} bytes and the manifest says {size} "
+        rf"\(2 of the {files} files of the split train are wrong\); restore them",
     ):
-        TokenDataset(copy, "train", 8)
+        dataset.check_files()
+    first.unlink()
+    with pytest.raises(RunError, match=rf"{first} is missing \(3 of the {files} files"):
+        dataset.check_files()
+    shutil.rmtree(copy)
+    with pytest.raises(RunError, match=rf"the files of {copy} cannot be listed \(No such file or directory\)"):
+        dataset.check_files()
 
 
 def test_a_damaged_or_missing_index_is_named(copy: Path) -> None:
-    index = copy / "train-00000.idx.npy"
+    index = shards_of(copy)[0].with_suffix(".idx.npy")
     data = bytearray(index.read_bytes())
     data[-1] ^= 1
     index.write_bytes(data)
     dataset = TokenDataset(copy, "train", 8)
-    with pytest.raises(
-        RunError, match=f"index {index} is damaged: its sha256 is [0-9a-f]+ and the manifest says"
-    ):
+    with pytest.raises(Damage, match=f"index {index} is damaged: its sha256 is [0-9a-f]+ and the manifest says"):
         dataset[0]
     index.unlink()
-    with pytest.raises(RunError, match=rf"index {index} cannot be read \(No such file"):
+    with pytest.raises(Damage, match=rf"index {index} cannot be read \(No such file"):
         dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [(b"no index", "is not an index"), (dump_index([Member(512, 5, 0, 1024, 1, 0, 0)]), "lists 5 tokens and the man")],
+)
+def test_an_index_that_agrees_only_with_its_checksum_is_damage(
+    write_split: WriteSplit, data: bytes, complaint: str
+) -> None:
+    folder = write_split(DOCUMENTS)
+    (folder / "train-00000-000.idx.npy").write_bytes(data)
+    manifest = load_manifest(folder)
+    record = manifest.splits["train"][0].model_copy(update={"index_sha256": sha256(data).hexdigest()})
+    write_manifest(folder, manifest.model_copy(update={"splits": {"train": (record,)}}))
+    with pytest.raises(Damage, match=complaint):
+        TokenDataset(folder, "train", 2)[0]
+
+
+def test_too_few_descriptors_are_no_damage(write_split: WriteSplit) -> None:
+    dataset = TokenDataset(write_split(DOCUMENTS), "train", 2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = os.open("/", os.O_RDONLY)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken + 1, hard))
+        with pytest.raises(RunError, match="Too many open files.*raise the limit of the process") as error:
+            dataset[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(taken)
+    assert not isinstance(error.value, Damage)
+    assert dataset[0].tokens.tolist() == [1, 2, 0]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from trine.configs.errors import RunError, UsageError
-from trine.data_pipeline.manifest import MANIFEST, dtype_name, load_manifest, token_dtype
+from trine.data_pipeline.shards.manifest import MANIFEST, UNFINISHED, dtype_name, load_manifest, token_dtype
+from trine.data_pipeline.storage.folder import open_folder
 
 
 def test_fingerprint_is_that_of_the_file(prepared: Path) -> None:
@@ -22,6 +23,22 @@ def test_absence_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"folder of prepared data {tmp_path / 'absent'} is not there"):
         load_manifest(tmp_path / "absent")
     with pytest.raises(UsageError, match=rf"{tmp_path} holds no prepared data \(index\.json is missing\)"):
+        load_manifest(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"folder of prepared data {tmp_path / 'file'} is not there"):
+        load_manifest(tmp_path / "file")
+    (tmp_path / UNFINISHED).touch()
+    with pytest.raises(UsageError, match=f"the preparation of data in {tmp_path} has not finished; run it again"):
+        load_manifest(tmp_path)
+
+
+def test_a_path_a_name_and_a_folder_are_read_alike(prepared: Path) -> None:
+    assert load_manifest(prepared) == load_manifest(str(prepared)) == load_manifest(open_folder(prepared))
+
+
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(RunError, match=rf"{tmp_path}/index\.json cannot be read \(Is a directory\)"):
         load_manifest(tmp_path)
 
 
@@ -46,9 +63,7 @@ def test_another_format_is_named(prepared: Path, tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_located(prepared: Path, tmp_path: Path, changes: dict[str, Any], where: str) -> None:
-    with pytest.raises(
-        RunError, match=rf"index\.json is damaged at {where} \(.*\); restore it from a copy, or delete"
-    ):
+    with pytest.raises(RunError, match=rf"index\.json is damaged at {where} \(.*\); restore it from a copy, or delete"):
         load_manifest(edited(prepared, tmp_path, **changes))
 
 
@@ -65,9 +80,7 @@ def test_half_a_file_or_another_layout_is_damage(prepared: Path, tmp_path: Path)
         load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("size", "name", "width"), [(2, "uint16", 2), (65_536, "uint16", 2), (65_537, "uint32", 4)]
-)
+@pytest.mark.parametrize(("size", "name", "width"), [(2, "uint16", 2), (65_536, "uint16", 2), (65_537, "uint32", 4)])
 def test_the_narrowest_type_that_holds_every_id(size: int, name: Any, width: int) -> None:
     assert dtype_name(size) == name
     assert token_dtype(name).itemsize == width

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +15,50 @@ import numpy as np
 import pytest
 
 from trine.configs.errors import RunError, UsageError
-from trine.data_pipeline import encoding
+from trine.data_pipeline.corpus.sources import STANDARD_LIBRARY, iter_documents
+from trine.data_pipeline.corpus.tokenizer import load_tokenizer
 from trine.data_pipeline.dataset import TokenDataset
-from trine.data_pipeline.manifest import MANIFEST, UNFINISHED, Manifest, load_manifest
-from trine.data_pipeline.prepare import prepare
-from trine.data_pipeline.sources import STANDARD_LIBRARY, iter_documents
-from trine.data_pipeline.splits import SPLITS, holdout_score, split_of
-from trine.data_pipeline.tokenizer import load_tokenizer
+from trine.data_pipeline.preparation.claim import exclusively
+from trine.data_pipeline.preparation.prepare import prepare
+from trine.data_pipeline.preparation.progress import Progress
+from trine.data_pipeline.preparation.splits import SPLITS, holdout_score, split_of
+from trine.data_pipeline.shards.manifest import MANIFEST, UNFINISHED, Manifest, load_manifest
 
-VOCABULARY, SHARD_TOKENS = 300, 1200
+VOCABULARY, SHARD_TOKENS, CHUNK_BYTES = 300, 1200, 10_000
 """As in the fixture ``prepared``."""
 
 
+class Heard(Progress):
+    """Keeps what it hears; chunks are (documents, tokens, kept)."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.chunks: list[tuple[int, int, bool]] = []
+        self.input_bytes = 0
+
+    def say(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+    def begin(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+
+    def advance(self, input_bytes: int, documents: int, tokens: int, *, kept: bool) -> None:
+        self.input_bytes += input_bytes
+        self.chunks.append((documents, tokens, kept))
+
+
 def run(inputs: Any, output: Path, **changes: Any) -> Manifest:
-    arguments = {"train_tokenizer": VOCABULARY, "validation_fraction": 0.2, "shard_tokens": SHARD_TOKENS}
+    arguments = {
+        "train_tokenizer": VOCABULARY,
+        "validation_fraction": 0.2,
+        "shard_tokens": SHARD_TOKENS,
+        "chunk_bytes": CHUNK_BYTES,
+    }
     return prepare([str(inputs)], output, **arguments | changes)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_documents_come_out_as_they_went_in(corpus: Path, prepared: Path) -> None:
@@ -70,9 +97,9 @@ def test_a_second_preparation_has_the_same_bytes(corpus: Path, prepared: Path, t
 
 def test_a_finished_preparation_is_returned_at_once(corpus: Path, prepared: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    said: list[str] = []
-    assert run(f"{corpus}/", prepared, progress=said.append) == load_manifest(prepared)
-    assert said == [f"{prepared} is prepared already"]
+    heard = Heard()
+    assert run(f"{corpus}/", prepared, progress=heard) == load_manifest(prepared)
+    assert heard.said == [f"{prepared} is prepared already"]
     assert {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
 
@@ -82,6 +109,8 @@ def test_a_finished_preparation_is_returned_at_once(corpus: Path, prepared: Path
         ({"train_tokenizer": 400}, "trained_vocabulary is 300 there and 400 here"),
         ({"validation_fraction": 0.1}, "validation_fraction is 0.2 there and 0.1 here"),
         ({"shard_tokens": 800}, "shard_tokens is 1200 there and 800 here"),
+        ({"chunk_bytes": 800}, "chunk_bytes is 10000 there and 800 here"),
+        ({"text_field": "body"}, "text_field is text there and body here"),
     ],
 )
 def test_another_request_needs_another_folder(
@@ -109,46 +138,142 @@ def test_other_inputs_and_another_tokenizer_need_another_folder(
         run(grown, output)
 
 
-def test_what_stops_midway_leaves_no_manifest_and_is_done_again(
-    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        encoding, "SEGMENT_CHARACTERS", 1000
-    )  # so that shards are finished before the bad line
-    broken = shutil.copytree(corpus, tmp_path / "corpus")
-    with (broken / "more.jsonl").open("a") as file:
-        file.write("{\n")
-    output = tmp_path / "out"
-    tokenizer = prepared / "tokenizer.json"
-    with pytest.raises(UsageError, match=r"more\.jsonl:11 is not valid JSON"):
-        run(broken, output, tokenizer=tokenizer, train_tokenizer=None)
-    left = contents(output)
-    assert {"train-00000.tar", "train-00001.tar", UNFINISHED} <= left.keys()
-    assert MANIFEST not in left
-    with pytest.raises(UsageError, match="has not finished; run it again"):
-        load_manifest(output)
+def stopped_midway(inputs: Path, output: Path, chunks: int, **changes: Any) -> None:
+    """A preparation that is interrupted when so many chunks are done."""
 
-    # What a kill may leave beside that, and a shard more than the second run will write.
-    (output / "train-00099.tar").touch()
-    (output / "validation-00000.idx.npy.tmp").touch()
-    manifest = run(corpus, output, tokenizer=output / "tokenizer.json", train_tokenizer=None)
-    assert tokenizer.read_bytes() == (output / "tokenizer.json").read_bytes()
-    run(corpus, tmp_path / "clean", tokenizer=tokenizer, train_tokenizer=None)
-    assert contents(output) == contents(tmp_path / "clean")
-    assert manifest == load_manifest(tmp_path / "clean")
-
-
-def test_an_interrupt_before_the_end_leaves_no_manifest(corpus: Path, tmp_path: Path) -> None:
-    def interrupt(message: str) -> None:
-        if message.startswith("tokenised"):
-            raise KeyboardInterrupt
+    class Interrupting(Heard):
+        def advance(self, input_bytes: int, documents: int, tokens: int, *, kept: bool) -> None:
+            super().advance(input_bytes, documents, tokens, kept=kept)
+            if len(self.chunks) == chunks:
+                raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(corpus, tmp_path, progress=interrupt)
-    assert MANIFEST not in contents(tmp_path)
+        run(inputs, output, progress=Interrupting(), **changes)
+    assert MANIFEST not in contents(output)
+
+
+def test_finished_chunks_are_kept(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    stopped_midway(corpus, tmp_path, 3)
+    with pytest.raises(UsageError, match="has not finished; run it again"):
+        load_manifest(tmp_path)
+    before = {path.name: path.stat() for path in tmp_path.iterdir() if path.suffix in (".tar", ".npy", ".json")}
+    assert {"train-00000-000.tar", "train-00001-000.tar", "train-00002-000.tar"} <= before.keys()
+    # What a kill may leave beside that: a chunk without its record, and temporary files.
+    for name in ("train-00003-000.tar", "train-00003-000.idx.npy.0a1b2c3d.tmp", "chunks/00004.json.0a1b2c3d.tmp"):
+        (tmp_path / name).touch()
+    heard = Heard()
+    run(corpus, tmp_path, progress=heard)
+    assert [kept for _, _, kept in heard.chunks] == [True] * 3 + [False] * (len(heard.chunks) - 3)
+    assert heard.input_bytes == heard.total_bytes
+    assert not any(sentence.startswith("training") for sentence in heard.said)
+    assert contents(tmp_path) == contents(prepared)
+    for name in before.keys() - {UNFINISHED}:
+        after = (tmp_path / name).stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before[name].st_ino, before[name].st_mtime_ns)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "train-00001-000.tar").unlink(),
+        lambda folder: (folder / "train-00001-000.idx.npy").write_bytes(b"short"),
+        lambda folder: flip(folder / "train-00001-000.tar", 700),
+        lambda folder: flip(folder / "chunks/00001.json", 20),
+        lambda folder: (folder / "chunks/00001.json").unlink(),
+    ],
+)
+def test_a_damaged_chunk_is_made_again(
+    corpus: Path, prepared: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    stopped_midway(corpus, tmp_path, 3)
+    damage(tmp_path)
+    heard = Heard()
+    run(corpus, tmp_path, progress=heard)
+    assert [kept for _, _, kept in heard.chunks[:4]] == [True, False, True, False]
+    assert contents(tmp_path) == contents(prepared)
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_another_tokenizer_in_the_folder_is_replaced(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    stopped_midway(corpus, tmp_path, 1)
+    (tmp_path / "tokenizer.json").write_text("{}")
     run(corpus, tmp_path)
-    assert MANIFEST in contents(tmp_path)
-    assert UNFINISHED not in contents(tmp_path)
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_finished_chunks_are_not_given_up(corpus: Path, tmp_path: Path) -> None:
+    inputs, output = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
+    stopped_midway(inputs, output, 2)
+    before = contents(output)
+    with pytest.raises(UsageError) as error:
+        run(inputs, output, train_tokenizer=400)
+    assert str(error.value) == (
+        f"{output} holds another, unfinished preparation (trained_vocabulary is 300 there and 400 here); "
+        f"repeat its own command to finish it, delete {output}, or choose another folder"
+    )
+    text = inputs / "01.txt"
+    text.write_bytes(text.read_bytes())
+    with pytest.raises(UsageError, match="input files that have changed since .* delete .* to begin anew"):
+        run(inputs, output)
+    (output / UNFINISHED).write_text('{"sources": []}')
+    with pytest.raises(UsageError, match="unfinished preparation of another version of trine; delete"):
+        run(inputs, output)
+    assert contents(output).keys() == before.keys()
+
+
+def test_what_finished_no_chunk_may_be_corrected_in_place(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    inputs, output = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
+    (inputs / "00.txt").write_bytes(b"\xff")
+    with pytest.raises(UsageError, match=r"00\.txt is not UTF-8"):
+        run(inputs, output, tokenizer=prepared / "tokenizer.json", train_tokenizer=None)
+    assert UNFINISHED in contents(output)
+    (inputs / "00.txt").unlink()
+    run(inputs, output, train_tokenizer=VOCABULARY + 1)
+    run(inputs, tmp_path / "clean", train_tokenizer=VOCABULARY + 1)
+    assert contents(output) == contents(tmp_path / "clean")
+
+
+def test_a_kill_between_manifest_and_end_is_tidied_up(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    stopped_midway(corpus, tmp_path, 2)
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    assert run(corpus, tmp_path) == load_manifest(prepared)
+    assert contents(tmp_path) == contents(prepared)
+    assert not (tmp_path / "chunks").exists()
+
+
+def test_two_at_a_time_are_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    with exclusively(tmp_path), pytest.raises(UsageError, match="is being prepared by another process; wait"):
+        run(corpus, tmp_path)
+    run(corpus, tmp_path)
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(corpus: Path, tmp_path: Path) -> None:
+    inputs, output = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
+
+    class Appending(Progress):
+        def begin(self, total_bytes: int) -> None:
+            with (inputs / "more.jsonl").open("a") as file:
+                file.write('{"text": "late"}\n')
+
+    with pytest.raises(RunError, match=r"more\.jsonl has changed while it was prepared"):
+        run(inputs, output, progress=Appending())
+
+
+def test_files_of_other_kinds_are_mentioned_once(corpus: Path, tmp_path: Path) -> None:
+    inputs = shutil.copytree(corpus, tmp_path / "corpus")
+    for name in ("a.png", "b.png", "c.zip"):
+        (inputs / name).touch()
+    heard = Heard()
+    run(inputs, tmp_path / "out", progress=heard)
+    assert [sentence for sentence in heard.said if "left out" in sentence] == [
+        "left out 2 .png, 1 .zip: files of other kinds"
+    ]
 
 
 def test_other_peoples_files_are_left_alone(corpus: Path, tmp_path: Path) -> None:
@@ -173,37 +298,49 @@ def test_splits_are_a_function_of_the_text() -> None:
 def test_a_corpus_that_cannot_be_split_is_named(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_text("a single document")
+    output = tmp_path / "out"
     with pytest.raises(UsageError) as error:
-        run(path, tmp_path / "out", validation_fraction=0.02)
+        run(path, output, validation_fraction=0.02)
     assert str(error.value) == (
-        "validation_fraction=0.02 holds out no document of 1; "
-        "give more documents, or 0 for no validation split"
+        "--validation-fraction 0.02 holds out no document of 1: "
+        "use --validation-fraction 0 for no validation split, or give more documents"
     )
-    with pytest.raises(UsageError, match="leaves none to train on"):
-        run(path, tmp_path / "out", validation_fraction=0.999)
-    manifest = run(path, tmp_path / "out", validation_fraction=0.0)
+    # The same folder does for the corrected command.
+    assert contents(output) == {}
+    with pytest.raises(UsageError, match="no document to train on"):
+        run(path, output, validation_fraction=0.999)
+    manifest = run(path, output, validation_fraction=0.0)
     assert list(manifest.splits) == ["train"]
-    with pytest.raises(UsageError, match="leaves none to train on"):
-        prepare(
-            [str(path)], tmp_path / "o", tokenizer=tmp_path / "out/tokenizer.json", validation_fraction=0.999
-        )
+    with pytest.raises(UsageError, match="no document to train on"):
+        prepare([str(path)], tmp_path / "o", tokenizer=output / "tokenizer.json", validation_fraction=0.999)
 
-    (tmp_path / "two.txt").write_text("another document")
-    with pytest.raises(
-        UsageError, match=r"no document of 2; give more documents, a fraction above 0\.\d{4}, "
-    ):
+    other = tmp_path / "two.txt"
+    other.write_text("another document")
+    with pytest.raises(UsageError, match=r"no document of 2: use --validation-fraction 0\.\d{4} to hold") as error:
         run(tmp_path, tmp_path / "out2", validation_fraction=0.0001)
+    named = float(re.findall(r"fraction (0\.\d{4}) to", str(error.value))[0])
+    lowest = min(holdout_score(file.read_text()) for file in (path, other))
+    assert lowest < named <= lowest + 1e-4
+
+
+def test_empty_inputs_are_named(tmp_path: Path, prepared: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UsageError, match="no document to train on: they are empty"):
+        run(tmp_path / "empty.txt", tmp_path / "out")
+    with pytest.raises(UsageError, match="the inputs hold no document, only empty files"):
+        prepare([str(tmp_path / "empty.txt")], tmp_path / "out", tokenizer=prepared / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"train_tokenizer": None}, "either a tokenizer.json or the size of a vocabulary to train"),
-        ({"tokenizer": Path("t.json")}, "either a tokenizer.json or the size of a vocabulary to train"),
+        ({"train_tokenizer": None}, "either a tokenizer or the size of a vocabulary to train"),
+        ({"tokenizer": Path("t.json")}, "either a tokenizer or the size of a vocabulary to train"),
         ({"train_tokenizer": 100}, "vocabulary of 100 tokens cannot hold every byte; ask for 257 at least"),
-        ({"validation_fraction": 1.0}, "validation_fraction=1.0 is not a fraction"),
-        ({"validation_fraction": float("nan")}, "validation_fraction=nan is not a fraction"),
+        ({"validation_fraction": 1.0}, "--validation-fraction 1.0 is not a fraction"),
+        ({"validation_fraction": float("nan")}, "--validation-fraction nan is not a fraction"),
         ({"shard_tokens": 0}, "shard_tokens=0 leaves shards empty"),
+        ({"chunk_bytes": 0}, "chunk_bytes=0 leaves chunks empty"),
         ({"tokenizer": Path("t.json"), "train_tokenizer": None}, "tokenizer t.json cannot be read"),
     ],
 )
@@ -233,9 +370,28 @@ def test_the_standard_library_can_be_prepared(tmp_path: Path) -> None:
     assert decoded[:-1] == [document.text for document in iter_documents([str(few)])]
 
 
+def test_a_sentencepiece_model_is_a_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    import sentencepiece
+
+    sentences = [document.text.replace("\n", " ") for document in iter_documents([str(corpus)])]
+    with (tmp_path / "own.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, vocab_size=300, byte_fallback=True, minloglevel=9
+        )
+    output = tmp_path / "out"
+    manifest = run(corpus, output, tokenizer=tmp_path / "own.model", train_tokenizer=None)
+    assert (manifest.tokenizer, manifest.vocabulary_size) == ("tokenizer.model", 300)
+    assert (output / "tokenizer.model").read_bytes() == (tmp_path / "own.model").read_bytes()
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(output / "tokenizer.model"))
+    assert manifest.eos_id == processor.eos_id()
+    first = next(d.text for d in iter_documents([str(corpus)]) if split_of(holdout_score(d.text), 0.2) == "train")
+    ids = processor.encode(first)
+    assert TokenDataset(output, "train", len(ids))[0].tokens.tolist() == [*ids, manifest.eos_id]
+
+
 def test_preparation_imports_neither_torch_nor_webdataset() -> None:
     # The command line would otherwise wait seconds for torch before it says anything.
-    program = "import sys, trine.data_pipeline.prepare; print({'torch', 'webdataset'} & sys.modules.keys())"
+    program = "import sys, trine.data_pipeline.preparation.prepare; print({'torch', 'webdataset'} & sys.modules.keys())"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
 

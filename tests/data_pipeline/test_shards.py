@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trine.data_pipeline.member_index import Member, document_starts, parse_index
-from trine.data_pipeline.shards import ShardWriter
+from trine.data_pipeline.shards.member_index import Member, document_starts, parse_index
+from trine.data_pipeline.shards.writer import ShardWriter
 
 UINT16 = np.dtype("<u2")
 DOCUMENTS = [[1, 2, 0], [3] * 24 + [0], [0], [4, 0], [5] * 9 + [0], [6, 7, 0]]
@@ -45,14 +45,14 @@ def groups(path: Path) -> list[tuple[str, list[int], list[int]]]:
 
 
 def test_only_documents_longer_than_a_member_are_split(tmp_path: Path) -> None:
-    assert write(tmp_path, DOCUMENTS) == ["train-00000.tar"]
-    assert groups(tmp_path / "train-00000.tar") == [
-        ("000000000", [1, 2, 0], [3]),
-        ("000000001", [3] * 10, [10]),
-        ("000000002", [3] * 10, [0, 10]),
-        ("000000003", [3] * 4 + [0, 0, 4, 0], [0, 5, 1, 2]),
-        ("000000004", [5] * 9 + [0], [10]),
-        ("000000005", [6, 7, 0], [3]),
+    assert write(tmp_path, DOCUMENTS) == ["train-00000-000.tar"]
+    assert groups(tmp_path / "train-00000-000.tar") == [
+        ("00000-000000", [1, 2, 0], [3]),
+        ("00000-000001", [3] * 10, [10]),
+        ("00000-000002", [3] * 10, [0, 10]),
+        ("00000-000003", [3] * 4 + [0, 0, 4, 0], [0, 5, 1, 2]),
+        ("00000-000004", [5] * 9 + [0], [10]),
+        ("00000-000005", [6, 7, 0], [3]),
     ]
 
 
@@ -62,13 +62,13 @@ def test_groups_are_numbered_through_shards_and_records_count_them(tmp_path: Pat
             writer.add(np.array(document, UINT16))
         records = writer.finish()
     assert [(r.name, r.tokens, r.documents) for r in records] == [
-        ("train-00000.tar", 23, 2),
-        ("train-00001.tar", 21, 4),
+        ("train-00000-000.tar", 23, 2),
+        ("train-00000-001.tar", 21, 4),
     ]
-    assert [name for name, _, _ in groups(tmp_path / "train-00001.tar")] == [
-        "000000003",
-        "000000004",
-        "000000005",
+    assert [name for name, _, _ in groups(tmp_path / "train-00000-001.tar")] == [
+        "00000-000003",
+        "00000-000004",
+        "00000-000005",
     ]
     assert all((tmp_path / r.name).stat().st_size == r.bytes for r in records)
 
@@ -106,7 +106,7 @@ def test_plain_webdataset_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
     names = write(tmp_path, DOCUMENTS, shard_tokens=20)
     urls = [str(tmp_path / name) for name in names]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(6)]
+    assert [sample["__key__"] for sample in samples] == [f"00000-{n:06d}" for n in range(6)]
     tokens = np.concatenate([np.frombuffer(sample["tok"], UINT16) for sample in samples])
     assert tokens.tolist() == [token for document in DOCUMENTS for token in document]
 
@@ -116,14 +116,14 @@ def test_bytes_depend_on_the_documents_alone(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         write(tmp_path / name, DOCUMENTS, shard_tokens=20)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == ["train-00000.idx.npy", "train-00000.tar", "train-00001.idx.npy", "train-00001.tar"]
+    assert files == ["train-00000-000.idx.npy", "train-00000-000.tar", "train-00000-001.idx.npy", "train-00000-001.tar"]
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     with tarfile.open(tmp_path / "one" / files[1]) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar.getmembers()} == {(0, 0, 0, "", "")}
 
 
-def test_an_interrupted_shard_has_no_name(tmp_path: Path) -> None:
+def test_an_interrupted_shard_leaves_nothing(tmp_path: Path) -> None:
     def stop_midway() -> None:
         with ShardWriter(tmp_path, "train", shard_tokens=1000, member_tokens=10) as writer:
             for document in DOCUMENTS:
@@ -132,7 +132,16 @@ def test_an_interrupted_shard_has_no_name(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         stop_midway()
-    assert [path.name for path in tmp_path.iterdir()] == ["train-00000.tar.tmp"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chunks_name_and_number_what_is_theirs(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "validation", 12, shard_tokens=20, member_tokens=10) as writer:
+        for document in DOCUMENTS:
+            writer.add(np.array(document, UINT16))
+        names = [record.name for record in writer.finish()]
+    assert names == ["validation-00012-000.tar", "validation-00012-001.tar"]
+    assert groups(tmp_path / names[1])[0][0] == "00012-000003"
 
 
 def test_a_document_has_an_end(tmp_path: Path) -> None:

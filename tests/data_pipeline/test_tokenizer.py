@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from trine.configs.errors import UsageError
-from trine.data_pipeline import encoding, segments
-from trine.data_pipeline.encoding import encode_documents
-from trine.data_pipeline.sources import Document
-from trine.data_pipeline.tokenizer import (
+from trine.data_pipeline.corpus import encoding, segments
+from trine.data_pipeline.corpus.documents import Document
+from trine.data_pipeline.corpus.encoding import encode_documents
+from trine.data_pipeline.corpus.tokenizer import (
+    TokenizersEncoder,
     end_of_document_id,
+    load_encoder,
     load_tokenizer,
     sample_evenly,
     tokenizer_sha256,
@@ -27,7 +30,7 @@ UINT16 = np.dtype("<u2")
 
 def encode(tokenizer: Tokenizer, *texts: str) -> list[list[int]]:
     documents = [Document(text, "made") for text in texts]
-    return [ids.tolist() for _, ids in encode_documents(tokenizer, documents, UINT16)]
+    return [ids.tolist() for _, ids in encode_documents(TokenizersEncoder(tokenizer), documents, UINT16)]
 
 
 def test_training_is_deterministic_and_id_0_ends_documents() -> None:
@@ -67,6 +70,7 @@ def test_long_documents_keep_the_tokens_they_would_have_in_one_piece(monkeypatch
     texts = [" ".join(TEXTS), "x", "nowhitespace" * 20, "  \n\n a  b \n c d\n\n\n e "]
     whole = encode(tokenizer, *texts)
     assert [len(ids) for ids in whole] == [len(tokenizer.encode(text).ids) + 1 for text in texts]
+    assert TokenizersEncoder(tokenizer).splits_text
     for size in (1, 7, 40):
         monkeypatch.setattr(encoding, "SEGMENT_CHARACTERS", size)
         monkeypatch.setattr(segments, "SEGMENT_CHARACTERS", size)
@@ -102,3 +106,76 @@ def test_holes_in_a_vocabulary_count() -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 70_000}, unk_token="a"))
     assert vocabulary_size(tokenizer) == 70_001
     assert end_of_document_id(tokenizer) == 70_000
+
+
+def metaspace() -> Tokenizer:
+    """As SentencePiece models are usually converted: a space is added before a text by the normalizer."""
+    vocabulary = {name: id for id, name in enumerate(["<unk>", "</s>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return tokenizer
+
+
+def prefixed() -> Tokenizer:
+    tokenizer = train_byte_level_bpe(TEXTS, 280)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def several_words() -> Tokenizer:
+    """One of its tokens holds the end of a word and the beginning of the next."""
+    vocabulary = {name: id for id, name in enumerate(["<unk>", "</s>", "t a", "t ", *" abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("t", " "), ("t ", "a")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n"), "isolated")
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [metaspace, several_words])
+def test_a_text_is_not_cut_for_a_tokenizer_that_would_give_it_other_tokens(
+    make: Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, text = make(), " ".join(["a cat and a dog"] * 5)
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    monkeypatch.setattr(encoding, "SEGMENT_CHARACTERS", 3)
+    monkeypatch.setattr(segments, "SEGMENT_CHARACTERS", 3)
+    pieces = [tokenizer.encode(piece, add_special_tokens=False).ids for piece in segments.segments(text)]
+    assert sum(map(len, pieces)) > len(whole)  # so cutting would show
+    assert not TokenizersEncoder(tokenizer).splits_text
+    assert encode(tokenizer, text) == [[*whole, end_of_document_id(tokenizer)]]
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+@pytest.mark.parametrize("make", [prefixed, lambda: train_byte_level_bpe(TEXTS, 280)])
+def test_tokenizers_that_cut_at_words_or_not_are_encoded_as_in_one(
+    make: Callable[[], Tokenizer], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make()
+    tokenizer.normalizer = normalizers.NFC()
+    texts = [" ".join(TEXTS), "e\u0301 la\u0300 \u4e2d \u6587 9 9 a_ _b", " leading", "caf\u00e9 <|endoftext|> x"]
+    tokenizer.encode_special_tokens = True
+    whole = [[*tokenizer.encode(text, add_special_tokens=False).ids, 0] for text in texts]
+    monkeypatch.setattr(encoding, "SEGMENT_CHARACTERS", size)
+    monkeypatch.setattr(segments, "SEGMENT_CHARACTERS", size)
+    assert encode(tokenizer, *texts) == whole
+
+
+def test_a_tokenizer_that_finds_the_end_of_a_document_in_texts_is_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(UsageError, match="the tokenizer takes </s> in a text for its token 1, so that any text with"):
+        load_encoder(tmp_path / "words.json")
+
+
+def test_an_encoder_knows_its_vocabulary(tmp_path: Path) -> None:
+    train_byte_level_bpe(TEXTS, 280).save(str(tmp_path / "any.json"))
+    encoder = load_encoder(tmp_path / "any.json")
+    assert (encoder.vocabulary_size, encoder.end_of_document, encoder.splits_text) == (280, 0, True)
+    assert encoder.encode_batch([]) == []
+
+
+def test_ids_that_do_not_fit_are_an_error() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 70_000, "<eos>": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(OverflowError):
+        encode(tokenizer, "a b")

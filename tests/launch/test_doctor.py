@@ -12,7 +12,7 @@ from trine.launch.cli import main
 
 EXPECTED = {
     "Python", "torch", "megatron-core", "gloo", "NCCL", "Transformer Engine", "apex", "DeepSpeed", "mpi4py",
-    "mpirun", "Triton", "flash-linear-attention", "psutil", "tqdm", "tensorboard", "Slurm", "cores", "memory",
+    "mpirun", "Triton", "flash-linear-attention", "psutil", "tqdm", "tensorboard", "pyarrow", "s3fs", "Slurm", "cores", "memory",
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared shards of some sentences."""
-    from trine.data_pipeline.prepare import prepare
+    from trine.data_pipeline.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("corpus")
     subjects = ["the rank", "a shard", "the decoder", "every layer", "one stage"]

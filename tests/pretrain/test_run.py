@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trine.data_pipeline.prepare import prepare
+from trine.data_pipeline.preparation.prepare import prepare
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -47,7 +47,7 @@ def test_context_ranks_read_the_same_and_data_ranks_share(ranks: RankPool, data:
     train = {"sequence_length": LENGTH, "document_masking": True}
     stack = [{"mixer": "gated_retention", "layers": 1, "heads": 2}]
     config = config_of(
-        stack, train=train, data={"directory": str(data)}, evaluation={"interval": 1}, parallel={"context": 2}
+        stack, train=train, data={"directory": str(data)}, evaluation={"interval": 1, "batches": 1}, parallel={"context": 2}
     )
     raw = config.model_dump(mode="json", exclude_none=True)
     found = ranks.run("reading:prepared", 4, config=raw, consumed=8)

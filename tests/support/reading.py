@@ -18,9 +18,11 @@ def synthetic(rank: int, world_size: int, *, config: dict[str, Any], step: int) 
 
 
 def prepared(rank: int, world_size: int, *, config: dict[str, Any], consumed: int) -> list[tuple[Any, ...]]:
-    """This rank's microbatches of the training step after ``consumed`` samples, then those of one validation batch."""
+    """This rank's microbatches of the training step after ``consumed`` samples, then those of an evaluation."""
     run = Config.model_validate(config)
     topology = build_topology(check_layout(run, world_size), local_device(rank))
     data = RunData(run, topology)
-    validation = data.validation(1) if run.evaluation.interval else ()
-    return [tuple(microbatch) for microbatch in (*data.training(consumed), *validation)]
+    validation = data.validation() if run.evaluation.interval else ()
+    found = [tuple(microbatch) for microbatch in (*data.training(consumed, 1), *validation)]
+    data.close()
+    return found

@@ -10,16 +10,19 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from ..configs.errors import RunError, UsageError
-from .durable import write_durably
+from ...configs.errors import RunError, UsageError
+from ..durable import write_durably
+from ..storage.folder import Folder, open_folder
 
 FORMAT: Final = 1
 MANIFEST = "index.json"
 TOKENIZER: Final = "tokenizer.json"
+SENTENCEPIECE: Final = "tokenizer.model"
 UNFINISHED = "unfinished.json"
 """Marks a folder that a preparation has claimed and not finished."""
 
 DtypeName = Literal["uint16", "uint32"]
+TokenizerName = Literal["tokenizer.json", "tokenizer.model"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -39,7 +42,11 @@ class Request(_Record):
     """The tokenizer that was given, if one was."""
     trained_vocabulary: PositiveInt | None
     """Size of the vocabulary to be trained, if no tokenizer was given."""
+    text_field: str
+    """Field of JSON Lines and column of Parquet that holds a document's text."""
     validation_fraction: float
+    chunk_bytes: PositiveInt
+    """Size of the pieces in which the inputs were prepared: the same whatever the number of processes."""
     shard_tokens: PositiveInt
 
     def difference(self, other: Request) -> str:
@@ -54,8 +61,8 @@ class Request(_Record):
 class ShardRecord(_Record):
     """One shard: a tar, and the index of its members beside it."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z]+-[0-9]{5,}\.tar$")]
-    """File name. The pattern keeps a manifest from other hands inside its own folder."""
+    name: Annotated[str, Field(pattern=r"^[a-z]+-[0-9]{5,}-[0-9]{3,}\.tar$")]
+    """``{split}-{chunk}-{part}.tar``. The pattern keeps a manifest from other hands inside its own folder."""
     bytes: PositiveInt
     tokens: PositiveInt
     documents: NonNegativeInt
@@ -73,7 +80,7 @@ class Manifest(_Record):
     vocabulary_size: PositiveInt
     eos_id: NonNegativeInt
     """The token that ends every document."""
-    tokenizer: Literal["tokenizer.json"] = TOKENIZER
+    tokenizer: TokenizerName = TOKENIZER
     tokenizer_sha256: Sha256
     request: Request
     splits: dict[str, tuple[ShardRecord, ...]]
@@ -112,27 +119,34 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_durably(directory / MANIFEST, manifest.to_json())
 
 
-def load_manifest(directory: Path) -> Manifest:
-    """Read the manifest of a folder of prepared data.
+def load_manifest(folder: Folder | Path | str) -> Manifest:
+    """Read the manifest of a folder of prepared data, local or behind a URL.
 
-    Raises UsageError when there is none or it is of another format, RunError when it is damaged.
+    Raises UsageError when there is none, it is of another format or the location is of a kind that is not read;
+    RunError when it is damaged or cannot be read.
     """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise UsageError(_absence(directory))
-    data = path.read_bytes()
-    manifest = _parse(path, data)
+    if isinstance(folder, (str, Path)):
+        folder = open_folder(folder)
+    path = folder.address(MANIFEST)
+    try:
+        data = folder.read_bytes(MANIFEST, fresh=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(_absence(folder)) from error
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror or error})") from error
+    manifest = _parse(folder, data)
     # The fingerprint is computed from the contents: this makes it that of the file as well.
-    if manifest.to_json() != data:
-        raise RunError(f"{path} was changed after it was written; {_remedy(directory)}")
+    if manifest.fingerprint != sha256(data).hexdigest():
+        raise RunError(f"{path} was changed after it was written; {_remedy(folder)}")
     return manifest
 
 
-def _parse(path: Path, data: bytes) -> Manifest:
+def _parse(folder: Folder, data: bytes) -> Manifest:
+    path = folder.address(MANIFEST)
     try:
         raw: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: it is not JSON ({error}); {_remedy(path.parent)}") from error
+        raise RunError(f"{path} is damaged: it is not JSON ({error}); {_remedy(folder)}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(found, int) and found != FORMAT:
         raise UsageError(
@@ -144,17 +158,19 @@ def _parse(path: Path, data: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise RunError(f"{path} is damaged at {where} ({first['msg']}); {_remedy(path.parent)}") from error
+        raise RunError(f"{path} is damaged at {where} ({first['msg']}); {_remedy(folder)}") from error
 
 
-def _absence(directory: Path) -> str:
+def _absence(folder: Folder) -> str:
     remedy = "prepare the data first, or name the folder that holds it"
-    if not directory.is_dir():
-        return f"the folder of prepared data {directory} is not there; {remedy}"
-    if (directory / UNFINISHED).exists():
-        return f"the preparation of data in {directory} has not finished; run it again to complete it"
-    return f"{directory} holds no prepared data ({MANIFEST} is missing); {remedy}"
+    try:
+        unfinished = folder.sizes([UNFINISHED])
+    except (FileNotFoundError, NotADirectoryError):
+        return f"the folder of prepared data {folder.location} is not there; {remedy}"
+    if unfinished:
+        return f"the preparation of data in {folder.location} has not finished; run it again to complete it"
+    return f"{folder.location} holds no prepared data ({MANIFEST} is missing); {remedy}"
 
 
-def _remedy(directory: Path) -> str:
-    return f"restore it from a copy, or delete {directory} and prepare the data again"
+def _remedy(folder: Folder) -> str:
+    return f"restore it from a copy, or delete {folder.location} and prepare the data again"

@@ -1,9 +1,9 @@
 """Writing shards: ordinary USTAR webdataset tars of token ids, the same bytes for the same documents.
 
-``{split}-{n:05d}.tar`` holds for every document group ``{group:09d}.tok``, raw little-endian token ids, and
-``{group:09d}.len``, uint32 document lengths (``member_index.Member`` says how they are to be read). Groups
-are numbered through all shards of a split. The payload is not compressed, so the index beside the tar makes
-it randomly readable, while tar and webdataset read it in sequence.
+``{split}-{chunk:05d}-{part:03d}.tar``, a part of what a chunk of the input became, holds for every document group
+``{chunk:05d}-{group:06d}.tok``, raw little-endian token ids, and ``.len``, uint32 document lengths
+(``member_index.Member`` says how they are to be read). The payload is not compressed, so the index beside the tar
+makes it randomly readable, while tar and webdataset read it in sequence.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from .durable import commit, open_temporary, write_durably
+from ..durable import commit, discard, open_temporary, write_durably
 from .manifest import ShardRecord
-from .member_index import INDEX_SUFFIX, Member, document_starts, dump_index
+from .member_index import INDEX_SUFFIX, Member, document_starts, dump_index, member_stem
 
 SHARD_TOKENS = 1 << 27
 """256 MiB of uint16: few enough files for a trillion tokens, and sequential enough for any file system."""
@@ -32,22 +32,23 @@ _LENGTH = np.dtype("<u4")
 
 
 class ShardWriter:
-    """Writes the shards of one split, each closed by the first member with which it holds ``shard_tokens``.
+    """Writes one chunk's shards of a split, each closed by the first member with which it holds ``shard_tokens``.
 
-    Use it as a context manager. After an exception the open shard is left under its temporary name; the
-    finished ones count for nothing until a manifest names them.
+    Use it as a context manager. After an exception the open shard is gone; the finished ones count for nothing until
+    the record of the chunk names them.
     """
 
     def __init__(
         self,
         directory: Path,
         split: str,
+        chunk: int = 0,
         *,
         shard_tokens: int = SHARD_TOKENS,
         member_tokens: int = MEMBER_TOKENS,
     ) -> None:
         self._directory = directory
-        self._split = split
+        self._prefix = f"{split}-{chunk:05d}"
         self._shard_tokens = shard_tokens
         self._member_tokens = min(member_tokens, shard_tokens)
         self._records: list[ShardRecord] = []
@@ -91,7 +92,7 @@ class ShardWriter:
         if not self._tokens:
             return
         if self._shard is None:
-            name = f"{self._split}-{len(self._records):05d}.tar"
+            name = f"{self._prefix}-{len(self._records):03d}.tar"
             self._shard = _Shard(self._directory / name)
         self._shard.append(self._group, np.concatenate(self._pieces), np.array(self._lengths, _LENGTH))
         self._group += 1
@@ -117,8 +118,9 @@ class _Shard:
         self.tokens = 0
 
     def append(self, group: int, tokens: NDArray[np.unsignedinteger], lengths: NDArray[np.uint32]) -> None:
-        offset, checksum = self._add(f"{group:09d}.tok", tokens.tobytes())
-        lengths_offset, lengths_checksum = self._add(f"{group:09d}.len", lengths.tobytes())
+        stem = member_stem(self._path.name, group)
+        offset, checksum = self._add(f"{stem}.tok", tokens.tobytes())
+        lengths_offset, lengths_checksum = self._add(f"{stem}.len", lengths.tobytes())
         self._members.append(
             Member(offset, tokens.size, checksum, lengths_offset, lengths.size, lengths_checksum, group)
         )
@@ -143,7 +145,7 @@ class _Shard:
         )
 
     def abandon(self) -> None:
-        self._file.close()
+        discard(self._file)
 
     def _add(self, name: str, payload: bytes) -> tuple[int, int]:
         """Append a member; the byte offset of its payload and its checksum."""

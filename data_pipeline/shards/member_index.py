@@ -10,6 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 INDEX_SUFFIX = ".idx.npy"
+LENGTH = np.dtype("<u4")
+"""Type of a document's length in a ``.len``."""
+
+
+def member_stem(shard: str, group: int) -> str:
+    """Name without suffix of the two files of a member, unique in its split: chunk of the input, then ``group``."""
+    chunk = shard.split("-")[1]
+    return f"{chunk}-{group:06d}"
 
 
 class Member(NamedTuple):
@@ -29,7 +37,12 @@ class Member(NamedTuple):
     lengths: int
     lengths_crc32: int
     group: int
-    """The number in the names of the member's two files, counted through all shards of the split."""
+    """Its number among those of the same split and chunk of the input: see ``member_stem``."""
+
+    @property
+    def end(self) -> int:
+        """Offset in the tar of the first byte behind the member's payloads."""
+        return self.lengths_offset + self.lengths * LENGTH.itemsize
 
 
 def dump_index(members: Sequence[Member]) -> bytes:

@@ -1,0 +1,1 @@
+"""Text, and the tokens it becomes: input formats and tokenizers."""

@@ -1,0 +1,1 @@
+"""From a corpus to a folder of prepared data: chunks, restart, splits."""

@@ -1,0 +1,54 @@
+"""The plan of a preparation: which pieces of the inputs are worked on together, whoever does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import accumulate, groupby
+
+from ..corpus.sources import InputFile, Piece, divide
+
+CHUNKS = 256
+"""What a corpus is cut into by default, as far as the bounds below allow: enough to keep many processes busy."""
+SMALLEST_CHUNK = 1 << 20
+LARGEST_CHUNK = 1 << 29
+"""Some minutes of one core: what a kill costs each process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive pieces of the inputs. Its shards depend on it alone, and not on what else is prepared."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+    bytes: int
+    """How much of the input files it is."""
+
+
+def default_chunk_bytes(corpus_bytes: int) -> int:
+    """The size of a chunk for inputs of that size in all."""
+    return min(max(corpus_bytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
+
+
+def plan_chunks(files: Sequence[InputFile], chunk_bytes: int) -> list[Chunk]:
+    """The pieces of ``files``, in order, in chunks of about ``chunk_bytes``.
+
+    A piece belongs to the chunk in whose range of the corpus it begins; a chunk that no piece begins in is left
+    out. So a chunk is smaller than two times ``chunk_bytes`` unless it ends with a larger file that cannot be cut.
+    A pure function of the files.
+    """
+    pieces = [piece for file in files for piece in divide(file, chunk_bytes)]
+    starts = accumulate((piece.bytes for piece in pieces), initial=0)
+    placed = zip(pieces, starts, strict=False)  # the last start is the end of the corpus
+    groups = groupby(placed, key=lambda item: item[1] // chunk_bytes)
+    chunked = [tuple(piece for piece, _ in group) for _, group in groups]
+    return [Chunk(number, group, sum(piece.bytes for piece in group)) for number, group in enumerate(chunked)]
+
+
+def inputs_sha256(files: Sequence[InputFile]) -> str:
+    """Identity of the input files: their names, sizes and times of modification, in order. Hexadecimal."""
+    digest = sha256()
+    for file in files:
+        digest.update(f"{file.path}\0{file.bytes}\0{file.mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

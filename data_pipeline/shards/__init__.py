@@ -1,0 +1,1 @@
+"""Prepared data on disk: the format, written, read, verified and counted."""
