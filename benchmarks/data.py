@@ -154,10 +154,9 @@ def reading_jobs(folder: Path, length: int, tokens: int) -> dict[str, Job]:
     windows = max(BATCH, tokens // length // BATCH * BATCH)
     dataset = TokenDataset(data, TRAIN, length)
     order = SampleOrder(len(dataset), SEED)
-    loader = BatchLoader(
-        Mixture([Source("data", dataset, 1.0, order)]),
-        micro_batch_size=BATCH, data_parallel_rank=0, data_parallel_size=1,
-    )  # fmt: skip
+    mixture = Mixture([Source("data", dataset, 1.0, order)])
+    place = dict(micro_batch_size=BATCH, data_parallel_rank=0, data_parallel_size=1)
+    loader, with_documents = (BatchLoader(mixture, **place, documents=wanted) for wanted in (False, True))
     shape = StepShape(BATCH, length, 1)
     fast = megatron_dataset(data, folder / "megatron", length, positions=False)
     full = megatron_dataset(data, folder / "megatron", length, positions=True)
@@ -165,9 +164,9 @@ def reading_jobs(folder: Path, length: int, tokens: int) -> dict[str, Job]:
     def trine_windows(source: TokenDataset = dataset) -> int:
         return sum(torch.from_numpy(source[int(i)].tokens).numel() - 1 for i in order.sample_ids(0, windows))
 
-    def trine_batches() -> int:
-        plans = (plan for step in range(windows // BATCH) for plan in loader.plan(step * BATCH, BATCH))
-        return sum(loader.read(plan, shape).tokens.numel() for plan in plans)
+    def trine_batches(reader: BatchLoader) -> int:
+        plans = (plan for step in range(windows // BATCH) for plan in reader.plan(step * BATCH, BATCH))
+        return sum(reader.read(plan, shape).tokens.numel() for plan in plans)
 
     def megatron_windows(source: Any) -> int:
         return sum(source[i % len(source)]["tokens"].numel() for i in range(windows))
@@ -185,8 +184,9 @@ def reading_jobs(folder: Path, length: int, tokens: int) -> dict[str, Job]:
         "trine, windows, first touch": lambda: trine_windows(TokenDataset(data, TRAIN, length)),
         "webdataset, windows in sequence": webdataset_windows,
         "GPTDataset, batches": lambda: megatron_batches(fast),
-        "trine, batches": trine_batches,
+        "trine, batches": lambda: trine_batches(loader),
         "GPTDataset, batches, document positions": lambda: megatron_batches(full),
+        "trine, batches, document positions": lambda: trine_batches(with_documents),
     }
 
 

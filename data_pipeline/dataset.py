@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..configs.errors import RunError, UsageError
 from .shards.manifest import load_manifest, token_dtype
 from .shards.member_index import INDEX_SUFFIX
-from .shards.reader import Piece, ShardReader
+from .shards.reader import ShardReader
 from .storage.folder import open_folder
 from .storage.shard_cache import cached
 
@@ -28,13 +28,18 @@ class Sample:
 
     def document_start_per_token(self) -> NDArray[np.int64]:
         """(S,): for each input the position of its document's first token, 0 where that lies before the window."""
-        begins = np.zeros(self.tokens.size - 1, np.int64)
-        begins[self.document_starts] = self.document_starts
-        return np.maximum.accumulate(begins)
+        return start_per_token(self.document_starts, self.tokens.size - 1)
 
     def positions(self) -> NDArray[np.int64]:
         """(S,): for each input its position in its document, counted from the window's start if that is later."""
         return np.arange(self.tokens.size - 1) - self.document_start_per_token()
+
+
+def start_per_token(document_starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """(length,): for each token the last of ``document_starts`` that is not behind it, or 0."""
+    begins = np.zeros(length, np.int64)
+    begins[document_starts] = document_starts
+    return np.maximum.accumulate(begins)
 
 
 class TokenDataset:
@@ -43,8 +48,8 @@ class TokenDataset:
     The documents of the split lie one behind the other, each with the token that ends it. Sample g starts at
     token g * sequence_length, so every token but the first is a label once and the remainder at the end is
     not read. ``location`` is a folder, or the http(s):// or s3:// URL of one, of which the parts that are read are kept
-    under ``cache`` (see ``storage.shard_cache``). Opening reads the manifest and touches no shard, for there may be thousands
-    of both shards and ranks. Several threads may read at once.
+    under ``cache`` (see ``storage.shard_cache``). Opening reads the manifest and touches no shard, for there may be
+    thousands of both shards and ranks. Several threads may read at once.
 
     Raises UsageError for a folder without prepared data, a split that is not there and a sequence length that
     is too long for it; RunError when the location cannot be read. A sample that touches a shard which is missing, cut
@@ -71,16 +76,23 @@ class TokenDataset:
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index`` in [0, len). Raises IndexError outside it, Damage when it is damaged."""
-        length = self.sequence_length
-        tokens = np.empty(length + 1, np.int64)
+        tokens = np.empty(self.sequence_length + 1, np.int64)
+        return Sample(tokens, self.read_into(tokens, index))
+
+    def read_into(self, tokens: NDArray[np.int64], index: int, *, documents: bool = True) -> NDArray[np.int64]:
+        """Read sample ``index`` into ``tokens`` (S + 1,), and return its ``document_starts`` if they are asked for.
+
+        Raises as indexing does.
+        """
         starts: list[NDArray[np.int64]] = []
         filled = 0
-        for piece, piece_starts in self._pieces(index):
-            tokens[filled : filled + piece.size] = piece
-            starts.append(piece_starts + filled)
-            filled += piece.size
+        for number, start, stop in self._ranges(index):
+            for piece, piece_starts in self._shards[number].read(start, stop, documents=documents):
+                tokens[filled : filled + piece.size] = piece
+                starts.append(piece_starts + filled)
+                filled += piece.size
         document_starts = np.concatenate(starts)
-        return Sample(tokens, document_starts[document_starts < length])
+        return document_starts[document_starts < self.sequence_length]
 
     def describe(self, index: int) -> tuple[str, ...]:
         """Where the tokens of a sample lie, for logs: for each shard its address and the half-open range in it."""
@@ -110,10 +122,6 @@ class TokenDataset:
                 f"{self._folder.address(name)} {size} ({len(wrong)} of the {len(expected)} files of the split "
                 f"{self.split} are wrong); restore them from a copy, or prepare the data again"
             )
-
-    def _pieces(self, index: int) -> Iterator[Piece]:
-        for number, start, stop in self._ranges(index):
-            yield from self._shards[number].read(start, stop)
 
     def _ranges(self, index: int) -> Iterator[tuple[int, int, int]]:
         """For each shard that holds some of a sample: its number, and the half-open range of its tokens."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..configs.ramps import StepShape
-from .dataset import Sample
+from .dataset import start_per_token
 from .mixture import Mixture, SampleId
 from .shards.reader import Damage
 
@@ -26,9 +27,9 @@ class Batch:
     """(b, s) int64."""
     labels: torch.Tensor
     """(b, s) int64: the token that follows each of ``tokens``."""
-    document_start: torch.Tensor
+    document_start: torch.Tensor | None
     """(b, s) int64: the position in the sequence of the first token of each token's document, 0 where the document
-    began before the sequence."""
+    began before the sequence. None where documents were not asked for."""
     sample_ids: tuple[SampleId, ...]
     """Which samples these are, for logs and tests."""
 
@@ -57,11 +58,12 @@ class BatchLoader:
         micro_batch_size: int,
         data_parallel_rank: int,
         data_parallel_size: int,
+        documents: bool = True,
     ) -> None:
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"rank {data_parallel_rank} is outside the data-parallel size {data_parallel_size}")
         self._mixture = mixture
-        self._micro_batch_size = micro_batch_size
+        self._micro_batch_size, self._documents = micro_batch_size, documents
         self._rank, self._size = data_parallel_rank, data_parallel_size
 
     def plan(self, consumed_samples: int, global_batch_size: int) -> Iterator[tuple[SampleId, ...]]:
@@ -85,27 +87,29 @@ class BatchLoader:
 
         Raises DamagedSamples for all of them that cannot be read.
         """
-        windows: list[Sample] = []
+        tokens = np.empty((len(samples), shape.pieces * shape.sequence_length + 1), np.int64)
+        starts: list[NDArray[np.int64]] = []
         damaged: dict[SampleId, str] = {}
-        for sample in samples:
+        for row, sample in zip(tokens, samples, strict=True):
+            instead = substitutes.get(sample, sample) if substitutes else sample
             try:
-                windows.append(self._mixture[substitutes.get(sample, sample) if substitutes else sample])
+                starts.append(self._mixture.read_into(row, instead, documents=self._documents))
             except Damage as damage:
                 damaged[sample] = str(damage)
         if damaged:
             raise DamagedSamples(damaged)
-        return _batch(windows, shape, tuple(samples))
+        # Of whole windows, reshape alone would give views that skip a token at the end of each row.
+        windows, sequences = torch.from_numpy(tokens), (len(samples) * shape.pieces, shape.sequence_length)
+        return Batch(
+            windows[:, :-1].reshape(sequences).contiguous(),
+            windows[:, 1:].reshape(sequences).contiguous(),
+            _document_start(starts, shape) if self._documents else None,
+            tuple(samples),
+        )
 
 
-def _batch(windows: list[Sample], shape: StepShape, samples: tuple[SampleId, ...]) -> Batch:
-    tokens = torch.from_numpy(np.stack([window.tokens for window in windows]))
-    starts = torch.from_numpy(np.stack([window.document_start_per_token() for window in windows]))
-    sequences = (len(windows) * shape.pieces, shape.sequence_length)
-    # Of whole windows, reshape alone would give views that skip a token at the end of each row.
-    first = torch.arange(shape.pieces).repeat(len(windows)) * shape.sequence_length
-    return Batch(
-        tokens[:, :-1].reshape(sequences).contiguous(),
-        tokens[:, 1:].reshape(sequences).contiguous(),
-        (starts.reshape(sequences) - first[:, None]).clamp_(min=0),
-        samples,
-    )
+def _document_start(starts: list[NDArray[np.int64]], shape: StepShape) -> torch.Tensor:
+    length = shape.pieces * shape.sequence_length
+    whole = torch.from_numpy(np.stack([start_per_token(one, length) for one in starts]))
+    first = torch.arange(shape.pieces).repeat(len(starts)) * shape.sequence_length
+    return (whole.reshape(-1, shape.sequence_length) - first[:, None]).clamp_(min=0)

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.errors import UsageError
-from .dataset import Sample, TokenDataset
+from .dataset import TokenDataset
 from .order import Order
 from .permutation import Permutation
 
 SLOTS = 1 << 16
 """Samples after which the sources follow each other in the same pattern again: shares are exact to 1/SLOTS."""
+
+
+_RUN = 512
+"""Samples whose ids are computed at once."""
 
 
 class SampleId(NamedTuple):
@@ -85,10 +90,18 @@ class Mixture:
         self.start = start
         self._read = tuple(read or (0,) * len(self.sources))
         self._shares = Shares([source.weight for source in self.sources])
+        # A permutation costs the same for one element and for hundreds, and steps ask for neighbours.
+        self._run = lru_cache(maxsize=4)(self._computed_run)
 
     def sample_ids(self, start: int, count: int) -> list[SampleId]:
         """The samples consumed as number ``start`` .. ``start + count - 1``; ``start`` is not before the mixture's."""
-        source, place = self._shares.places(start - self.start, count)
+        first, skipped = divmod(start - self.start, _RUN)
+        runs = range(first, first - (-(skipped + count) // _RUN))
+        return list(islice(chain.from_iterable(map(self._run, runs)), skipped, skipped + count))
+
+    def _computed_run(self, number: int) -> list[SampleId]:
+        """Samples ``number`` * _RUN ... of the mixture."""
+        source, place = self._shares.places(number * _RUN, _RUN)
         windows = np.empty_like(place)
         for number, (one, read) in enumerate(zip(self.sources, self._read, strict=True)):
             mine = source == number
@@ -103,9 +116,9 @@ class Mixture:
         counts = self._shares.counts(consumed - self.start)
         return [read + count for read, count in zip(self._read, counts, strict=True)]
 
-    def __getitem__(self, sample: SampleId) -> Sample:
-        """The tokens of a sample. Raises ``Damage`` where they are not what was prepared."""
-        return self.sources[sample.source].dataset[sample.window]
+    def read_into(self, tokens: NDArray[np.int64], sample: SampleId, *, documents: bool) -> NDArray[np.int64]:
+        """Read a sample as ``TokenDataset.read_into`` does. Raises Damage where it is not what was prepared."""
+        return self.sources[sample.source].dataset.read_into(tokens, sample.window, documents=documents)
 
     def substitute(self, sample: SampleId, attempt: int) -> SampleId:
         """The window of the same source that is tried as number ``attempt`` in place of a damaged one.

@@ -153,12 +153,10 @@ class RunData:
                 self._skipped.write({"step": step, **one._asdict()})
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Microbatch]:
-        masks = self._config.train.document_masking
         for batch in batches:
+            starts = batch.document_start
             yield Microbatch(
-                self._moved(batch.tokens),
-                self._moved(batch.labels),
-                self._moved(batch.document_start) if masks else None,
+                self._moved(batch.tokens), self._moved(batch.labels), None if starts is None else self._moved(starts)
             )
 
     def _moved(self, ids: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class SampleStream:
             micro_batch_size=config.train.micro_batch_size,
             data_parallel_rank=topology.data_rank,
             data_parallel_size=topology.layout.data,
+            documents=config.train.document_masking,
         )
         self._skips = config.data.on_damage == "skip"
         self.substitutes = Substitutes(mixture, config.data.damage_budget)

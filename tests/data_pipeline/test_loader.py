@@ -91,7 +91,7 @@ def test_batches_hold_inputs_and_the_tokens_that_follow(mixture: Mixture) -> Non
             assert tensor.shape == (6, 32)
             assert tensor.is_contiguous()
         for row, sample in enumerate(samples):
-            window = torch.from_numpy(mixture[sample].tokens)
+            window = torch.from_numpy(mixture.sources[sample.source].dataset[sample.window].tokens)
             assert torch.equal(batch.tokens[row], window[:-1])
             assert torch.equal(batch.labels[row], window[1:])
 
@@ -106,7 +106,7 @@ def test_pieces_laid_together_are_the_windows(mixture: Mixture, pieces: int) -> 
     assert batch.labels.is_contiguous()
     for number, sample in enumerate(samples):
         rows = slice(number * pieces, (number + 1) * pieces)
-        window = mixture[sample].tokens
+        window = mixture.sources[sample.source].dataset[sample.window].tokens
         np.testing.assert_array_equal(batch.tokens[rows].reshape(-1), window[:-1])
         np.testing.assert_array_equal(batch.labels[rows].reshape(-1), window[1:])
 
@@ -171,8 +171,8 @@ def test_a_substitute_is_read_in_the_place_of_its_sample(mixture: Mixture) -> No
     assert mended.sample_ids == samples
     assert torch.equal(mended.tokens[[0, 1, 3]], plain.tokens[[0, 1, 3]])
     # A substitute is not replaced in its turn: it is what was drawn for the sample.
-    np.testing.assert_array_equal(mended.tokens[2], mixture[SampleId(1, 6)].tokens[:-1])
-    np.testing.assert_array_equal(mended.labels[2], mixture[SampleId(1, 6)].tokens[1:])
+    np.testing.assert_array_equal(mended.tokens[2], mixture.sources[1].dataset[6].tokens[:-1])
+    np.testing.assert_array_equal(mended.labels[2], mixture.sources[1].dataset[6].tokens[1:])
 
 
 def test_all_damage_of_a_microbatch_is_told_at_once(tmp_path: Path) -> None:

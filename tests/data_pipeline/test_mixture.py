@@ -162,8 +162,13 @@ def test_a_mixture_that_takes_over_reads_on(sources: MakeSources) -> None:
 
 def test_a_sample_is_a_window_of_its_source(sources: MakeSources, datasets: list[TokenDataset]) -> None:
     mixture = Mixture(sources(1, 1))
-    np.testing.assert_array_equal(mixture[SampleId(1, 4)].tokens, datasets[1][4].tokens)
-    np.testing.assert_array_equal(mixture[SampleId(0, 4)].tokens, datasets[0][4].tokens)
+    for number, dataset in enumerate(datasets[:2]):
+        tokens = np.empty(dataset.sequence_length + 1, np.int64)
+        starts = mixture.read_into(tokens, SampleId(number, 4), documents=True)
+        np.testing.assert_array_equal(tokens, dataset[4].tokens)
+        np.testing.assert_array_equal(starts, dataset[4].document_starts)
+        assert mixture.read_into(tokens, SampleId(number, 3), documents=False).size == 0
+        np.testing.assert_array_equal(tokens, dataset[3].tokens)
 
 
 def test_substitutes_are_drawn_from_the_whole_source(sources: MakeSources) -> None:
