@@ -39,7 +39,7 @@ from torch.utils.data import default_collate
 
 from trine.configs.ramps import StepShape
 from trine.data_pipeline.corpus.sources import iter_documents
-from trine.data_pipeline.corpus.tokenizer import sample_evenly, train_byte_level_bpe
+from trine.data_pipeline.corpus.tokenizer import train_byte_level_bpe
 from trine.data_pipeline.dataset import TokenDataset
 from trine.data_pipeline.loader import BatchLoader
 from trine.data_pipeline.mixture import Mixture, Source
@@ -126,7 +126,7 @@ def corpus(inputs: Sequence[str], characters: float, folder: Path) -> list[str]:
 def preparing_jobs(texts: Sequence[str], vocabulary: int, folder: Path) -> dict[str, Job]:
     """The whole preparation from JSON Lines to shards, and the encoding of the same texts from memory."""
     tell(f"training a tokenizer of {vocabulary:,} tokens")
-    trained = train_byte_level_bpe(sample_evenly(texts, 4_000_000), vocabulary)
+    trained = train_byte_level_bpe(texts[:: max(1, sum(map(len, texts)) // 4_000_000)], vocabulary)
     trained.save(str(folder / TOKENIZER))
     encoder = Tokenizer.from_file(str(folder / TOKENIZER))
     outputs = iter(range(1 << 30))

@@ -6,15 +6,15 @@ What they need is imported when they run, so that help answers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configs.errors import RunError, UsageError
+from ..configs.errors import UsageError
 from ..configs.locations import check_location, is_remote
+from .targets import STANDARD_OUTPUT, check_target, write_json, written
 
 if TYPE_CHECKING:
     from ..data_pipeline.shards.problem import Problem
@@ -105,9 +105,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     from ..data_pipeline.shards.stats import read_stats
 
     directory = _local(arguments.directory)
-    for option, target in (("--json", arguments.json), ("--picture", arguments.picture)):
-        if target not in (None, "-"):
-            _check_target(option, Path(target))
+    check_target("--json", arguments.json)
+    check_target("--picture", arguments.picture)
     if arguments.picture is not None:
         from .data_picture import check_matplotlib
 
@@ -115,35 +114,14 @@ def _stats(arguments: argparse.Namespace) -> int:
     with _bar("read", " shards") as progress:
         stats = read_stats(directory, progress=progress)
     # Standard output is for the JSON alone where that is asked for.
-    print(stats_report(arguments.directory, stats), file=sys.stderr if arguments.json == "-" else sys.stdout)
+    print(stats_report(arguments.directory, stats), file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)
     if arguments.picture is not None:
         from .data_picture import draw_lengths
 
-        _written("--picture", arguments.picture, lambda: draw_lengths(stats, arguments.picture))
+        written("--picture", arguments.picture, lambda: draw_lengths(stats, arguments.picture))
     if arguments.json is not None:
-        _write_json(stats_document(stats), arguments.json)
+        write_json(stats_document(stats), arguments.json)
     return 0
-
-
-def _check_target(option: str, path: Path) -> None:
-    """Ask before the work what would spoil it in the end."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"{option} {path} cannot be written: name a file in a folder that exists")
-
-
-def _write_json(document: dict[str, Any], target: str) -> None:
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    else:
-        _written("--json", target, lambda: Path(target).write_text(text, encoding="utf-8"))
-
-
-def _written(option: str, target: str | Path, write: Callable[[], object]) -> None:
-    try:
-        write()
-    except OSError as error:
-        raise RunError(f"{option} {target} cannot be written: {error.strerror}") from error
 
 
 @contextmanager

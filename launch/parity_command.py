@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +11,7 @@ from ..configs.schema import Config
 from ..pretrain.parity import StepsOfRank
 from .parity import Row, make_plan, run_plan
 from .parity_report import document, footer, header, passed, reference_line, table_line
+from .targets import STANDARD_OUTPUT, check_target, write_json
 
 
 def run_parity(
@@ -41,10 +39,9 @@ def run_parity(
     """
     if not seconds > 0:
         raise UsageError(f"--timeout {seconds:g} leaves no time: use more than 0")
-    if json_target not in (None, "-"):
-        _check_folder(Path(json_target))
+    check_target("--json", json_target)
     plan = make_plan(config, layouts, steps=steps, gpus=_gpus(device))
-    table = sys.stderr if json_target == "-" else sys.stdout
+    table = sys.stderr if json_target == STANDARD_OUTPUT else sys.stdout
 
     def say(text: str) -> None:
         print(text, file=table, flush=True)
@@ -66,7 +63,7 @@ def run_parity(
         raise
     say(footer(rows))
     if json_target is not None:
-        _write(document(plan, rows), json_target)
+        write_json(document(plan, rows), json_target)
     return 0 if passed(rows) else 1
 
 
@@ -76,20 +73,3 @@ def _gpus(device: str | None) -> int:
     if device == "gpu" and not count:
         raise UsageError("--device gpu needs a GPU and torch finds none: use --device cpu")
     return count if device == "gpu" or (device is None and count > 1) else 0
-
-
-def _check_folder(path: Path) -> None:
-    """Ask before the work what would spoil it in the end."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(f"--json {path} cannot be written: name a file in a folder that exists")
-
-
-def _write(results: dict[str, Any], target: str) -> None:
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(target).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"--json {target} cannot be written: {error.strerror}") from error

@@ -107,25 +107,6 @@ def train_byte_level_bpe(documents: Iterable[str], vocabulary_size: int) -> Toke
     return tokenizer
 
 
-def sample_evenly(documents: Iterable[str], characters: int) -> list[str]:
-    """Documents from all along ``documents``, ``characters`` at most in sum; a single longer one is cut.
-
-    Deterministic, and holds little more than it returns: every ``stride``-th document is kept, and when too
-    much is held every other one goes and the stride doubles.
-    """
-    kept: list[str] = []
-    held, stride = 0, 1
-    for number, document in enumerate(documents):
-        if number % stride:
-            continue
-        kept.append(document[:characters])
-        held += len(kept[-1])
-        while held > characters and len(kept) > 1:
-            kept, stride = kept[::2], 2 * stride
-            held = sum(map(len, kept))
-    return kept
-
-
 def check_vocabulary_size(size: int) -> None:
     """Raise UsageError unless byte-level BPE can have a vocabulary of ``size`` tokens."""
     if size < SMALLEST_VOCABULARY:

@@ -18,7 +18,6 @@ from trine.data_pipeline.corpus.tokenizer import (
     end_of_document_id,
     load_encoder,
     load_tokenizer,
-    sample_evenly,
     tokenizer_sha256,
     train_byte_level_bpe,
     vocabulary_size,
@@ -48,15 +47,6 @@ def test_every_byte_is_in_the_smallest_vocabulary() -> None:
     assert tokenizer.decode(ids[:-1]) == text
     with pytest.raises(UsageError, match="vocabulary of 256 tokens cannot hold every byte; ask for 257"):
         train_byte_level_bpe([], 256)
-
-
-def test_a_tokenizer_is_trained_on_a_sample_from_all_along_the_documents() -> None:
-    texts = [f"{n:010d}" for n in range(1000)]
-    assert sample_evenly(iter(texts), 10_000) == texts
-    sample = sample_evenly(iter(texts), 1000)
-    assert sample == texts[::16]  # the smallest power of two that keeps at most 100 documents
-    assert sample_evenly(["a" * 50, "b" * 5], 20) == ["a" * 20]
-    assert sample_evenly([], 20) == []
 
 
 def test_only_the_end_of_a_document_gives_its_token() -> None:

@@ -189,7 +189,7 @@ def test_missing_file_is_found(copy: Path) -> None:
 def test_missing_or_foreign_manifest(copy: Path) -> None:
     manifest = copy / "manifest.json"
     manifest.write_text(json.dumps({"format": 99, "files": {}}))
-    with pytest.raises(RunError, match=r"has format 99; this version reads format 1"):
+    with pytest.raises(RunError, match=r"has format 99; this version reads format 2"):
         checkpoint.verify(copy)
     manifest.unlink()
     with pytest.raises(RunError, match=r"has no readable manifest\.json"):
