@@ -114,7 +114,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     with _bar("read", " shards") as progress:
         stats = read_stats(directory, progress=progress)
     # Standard output is for the JSON alone where that is asked for.
-    print(stats_report(arguments.directory, stats), file=sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout)
+    out = sys.stderr if arguments.json == STANDARD_OUTPUT else sys.stdout
+    print(stats_report(arguments.directory, stats), file=out)
     if arguments.picture is not None:
         from .data_picture import draw_lengths
 
