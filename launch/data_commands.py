@@ -71,12 +71,12 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     return run_with_workers(_work(arguments), arguments.workers)
 
 
-def _work(arguments: argparse.Namespace) -> Callable[[Executor | None], int]:
-    def work(executor: Executor | None) -> int:
+def _work(arguments: argparse.Namespace) -> Callable[[Executor | None, int], int]:
+    def work(executor: Executor | None, processes: int) -> int:
         from ..data_pipeline.preparation.prepare import prepare
         from .prepare_progress import ConsoleProgress
 
-        progress = ConsoleProgress()
+        progress = ConsoleProgress(processes)
         try:
             manifest = prepare(
                 arguments.inputs,

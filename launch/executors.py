@@ -22,9 +22,9 @@ from .machine import usable_cores
 if TYPE_CHECKING:
     from ..pretrain.place import Place
 
-Work = Callable[[Executor | None], int]
+Work = Callable[[Executor | None, int], int]
 """What one process manages: it hands tasks to the executor, or does all itself where there is none, and returns the
-exit code."""
+exit code. The number is that of the processes that work."""
 
 
 def run_with_workers(work: Work, workers: int | None) -> int:
@@ -48,14 +48,14 @@ def run_with_workers(work: Work, workers: int | None) -> int:
             raise UsageError(
                 f"--workers {workers} has no effect under {_launcher(place)}, whose ranks work: leave it out"
             )
-        return work(None) if place.world_size == 1 else _run_under_mpi(work, place)
+        return work(None, 1) if place.world_size == 1 else _run_under_mpi(work, place)
     count = usable_cores() if workers is None else workers
     if count < 1:
         raise UsageError(f"--workers {count} leaves nobody to work: use 1 or more")
     if count == 1:
-        return work(None)
+        return work(None, 1)
     with _local_workers(count) as executor:
-        return work(executor)
+        return work(executor, count)
 
 
 @contextmanager
@@ -120,15 +120,15 @@ def _run_under_mpi(work: Work, place: Place) -> int:
     try:
         ranks: Any = MPICommExecutor(world, root=0)  # typed as itself where it gives a pool, or nothing to workers
         with ranks as executor:
-            return 0 if executor is None else _managed(work, executor, world.Abort)
+            return 0 if executor is None else _managed(work, executor, world.Get_size() - 1, world.Abort)
     except BaseException as error:
         world.Abort(tell(error))
         raise
 
 
-def _managed(work: Work, executor: Executor, abort: Callable[[int], object]) -> int:
+def _managed(work: Work, executor: Executor, workers: int, abort: Callable[[int], object]) -> int:
     try:
-        return work(executor)
+        return work(executor, workers)
     except BaseException as error:
         # Before the executor is left, which would wait for the tasks that are being worked on.
         abort(tell(error))

@@ -14,9 +14,13 @@ _LINE_SECONDS = 10.0
 
 
 class ConsoleProgress(Progress):
-    """Tells standard error. Rates count what was done in this process's time, not what was found done."""
+    """Tells standard error that ``processes`` work, and how they get on.
 
-    def __init__(self) -> None:
+    Rates count what was done in this process's time, not what was found done.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self._processes = processes
         self._bar: Any = None
         self._total_bytes = self._bytes = self._documents = self._tokens = 0
         self._kept_documents = self._kept_tokens = 0
@@ -26,6 +30,13 @@ class ConsoleProgress(Progress):
         """Print ``sentence`` on a line of its own."""
         with tqdm.external_write_mode(file=sys.stderr):
             print(f"trine: {sentence}", file=sys.stderr, flush=True)
+
+    def plan(self, files: int, total_bytes: int, chunks: int) -> None:
+        """Print how much there is to do: the first chunk may take minutes, and until then nothing else is told."""
+        self.say(
+            f"preparing {_count(files, 'file')} of {total_bytes / 1e6:,.1f} MB in {_count(chunks, 'chunk')}, with "
+            f"{_count(self._processes, 'process', 'processes')}"
+        )
 
     def begin(self, total_bytes: int) -> None:
         """Start the bar, and the clock."""
@@ -69,3 +80,7 @@ class ConsoleProgress(Progress):
         seconds = max(time.monotonic() - self._start, 1e-3)
         documents, tokens = self._documents - self._kept_documents, self._tokens - self._kept_tokens
         return f"{documents / seconds:,.0f} documents/s, {tokens / seconds:,.0f} tokens/s"
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

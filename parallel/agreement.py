@@ -30,3 +30,11 @@ def union_over_ranks(found: dict[K, V], topology: Topology) -> dict[K, V]:
         for key, value in one.items():
             merged.setdefault(key, value)
     return merged
+
+
+def from_first_rank(value: V, topology: Topology) -> V:
+    """What rank 0 calls ``value``, on every rank; all of them must call it."""
+    box = [value if topology.rank == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    told: Any = box[0]
+    return told  # type: ignore[no-any-return]

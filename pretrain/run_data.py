@@ -11,13 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ..configs.errors import UsageError
 from ..configs.ramps import full_shape, shape_after
 from ..configs.schema import Config
 from ..data_pipeline.cursor import Cursor, Reading
 from ..data_pipeline.damage import Replacement
 from ..data_pipeline.loader import Batch
-from ..data_pipeline.mixture import Mixture
-from ..data_pipeline.opening import open_training, open_validation
+from ..data_pipeline.mixture import Mixture, Source
+from ..data_pipeline.opening import PreparedData
+from ..data_pipeline.preparation.splits import TRAIN, VALIDATION
+from ..parallel.agreement import from_first_rank, union_over_ranks
 from ..parallel.microbatch import Microbatch
 from ..parallel.topology import Topology
 from .journal import Journal, forget_after
@@ -29,34 +32,36 @@ logger = logging.getLogger(__name__)
 class RunData:
     """Training and validation batches as pure functions of the number of consumed samples."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology, prepared: PreparedData) -> None:
+        """Raises UsageError where a split is missing, too short, or not the same on every rank; RunError where shards
+        are missing and ``data.on_damage`` is ``stop``."""
         self._config, self._topology = config, topology
         train = config.train
-        sources = open_training(config.data, train.sequence_length, train.seed)
+        sources = prepared.training(train.sequence_length, train.seed)
+        held_out = prepared.validation(train.sequence_length) if config.evaluation.interval else []
+        _check_same_data(prepared, topology)
         if topology.rank == 0 and config.data.on_damage == "stop":
             # Thousands of ranks that look at thousands of files each would be a burden on any file system.
-            for source in sources:
+            for source in (*sources, *held_out):
                 source.dataset.check_files()
         self._cursor = Cursor(sources, Reading(train.seed, train.sequence_length, config.data.shuffle))
         self._training = self._stream(self._cursor.mixture)
-        self._validation: SampleStream | None = None
-        if config.evaluation.interval:
-            held_out = Mixture(open_validation(config.data, train.sequence_length))
-            whole = replace(full_shape(train), samples=config.evaluation.batches * train.global_batch_size)
-            self._validation = SampleStream(held_out, config, topology, lambda _: whole, threads=0)
+        self._validation = self._held_out_stream(held_out) if held_out else None
         self._record: Journal | None = None
         self._skipped: Journal | None = None
 
     def training(self, consumed_samples: int, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches of step ``step``, which starts after ``consumed_samples``."""
-        self._training.replaced = partial(self._log_replaced, step)
+        self._training.replaced = partial(self._log_replaced, step, TRAIN)
         batches = self._training.step(consumed_samples)
         return self._on_device(self._recorded(batches, consumed_samples, step))
 
-    def validation(self) -> Iterator[Microbatch]:
-        """This rank's microbatches of one evaluation: the first ``evaluation.batches`` of the held-out split."""
+    def validation(self, step: int) -> Iterator[Microbatch]:
+        """This rank's microbatches of the evaluation after ``step``: the first ``evaluation.batches`` of the held-out
+        split."""
         if self._validation is None:
             raise RuntimeError("the run has no validation split: evaluation.interval is 0")
+        self._validation.replaced = partial(self._log_replaced, step, VALIDATION)
         return self._on_device(self._validation.step(0))
 
     def state(self, consumed_samples: int) -> dict[str, Any]:
@@ -85,7 +90,7 @@ class RunData:
 
     @property
     def skipped_samples(self) -> int:
-        """Damaged samples that were replaced since the start of the run."""
+        """Damaged training samples that were found and replaced since the start of the run."""
         return self._training.substitutes.count
 
     @property
@@ -115,9 +120,9 @@ class RunData:
         order = {"windows": "windows shuffled", "blocks": "blocks of windows shuffled"}
         return f"{' + '.join(parts)}; {order[self._config.data.shuffle]}"
 
-    def close(self) -> None:
-        """End the threads that read ahead, and the logs."""
-        self._training.close()
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads that read ahead, and the logs; without ``wait`` threads end when they can."""
+        self._training.close(wait=wait)
         for journal in (self._record, self._skipped):
             if journal is not None:
                 journal.close()
@@ -127,6 +132,11 @@ class RunData:
         return SampleStream(
             mixture, self._config, self._topology, partial(shape_after, train), threads=self._config.data.workers
         )
+
+    def _held_out_stream(self, sources: list[Source]) -> SampleStream:
+        train, batches = self._config.train, self._config.evaluation.batches
+        whole = replace(full_shape(train), samples=batches * train.global_batch_size)
+        return SampleStream(Mixture(sources), self._config, self._topology, lambda _: whole, threads=0)
 
     def _open_record(self, directory: Path, last_step: int) -> Journal:
         rank, size = self._topology.data_rank, self._topology.layout.data
@@ -146,11 +156,11 @@ class RunData:
             self._record.write({"step": step, "after_samples": consumed_samples, "samples": samples})
             yield batch
 
-    def _log_replaced(self, step: int, replacements: list[Replacement]) -> None:
+    def _log_replaced(self, step: int, split: str, replacements: list[Replacement]) -> None:
         for one in replacements:
             logger.warning("sample %d of %s was replaced: %s", one.sample, one.source, one.reason)
             if self._skipped is not None:
-                self._skipped.write({"step": step, **one._asdict()})
+                self._skipped.write({"step": step, "split": split, **one._asdict()})
 
     def _on_device(self, batches: Iterator[Batch]) -> Iterator[Microbatch]:
         for batch in batches:
@@ -161,3 +171,17 @@ class RunData:
 
     def _moved(self, ids: Tensor) -> Tensor:
         return ids.to(self._topology.device, non_blocking=True)
+
+
+def _check_same_data(prepared: PreparedData, topology: Topology) -> None:
+    """Raise UsageError on every rank unless all have the same: a node may hold an old copy of a folder."""
+    own = [manifest.fingerprint for manifest in prepared.manifests]
+    first = from_first_rank(own, topology)
+    others = union_over_ranks({topology.rank: own} if own != first else {}, topology)
+    for rank, fingerprints in others.items():
+        differing = [n for n, pair in enumerate(zip(first, fingerprints, strict=True)) if pair[0] != pair[1]]
+        place, number = prepared.data.mixture[differing[0]].directory, differing[0]
+        raise UsageError(
+            f"rank {rank} reads other data in {place} (fingerprint {fingerprints[number][:16]}) than rank 0 "
+            f"({first[number][:16]}): give every node the same copy"
+        )

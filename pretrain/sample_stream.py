@@ -43,7 +43,10 @@ class SampleStream:
         self._skips = config.data.on_damage == "skip"
         self.substitutes = Substitutes(mixture, config.data.damage_budget)
         self.replaced: Callable[[list[Replacement]], None] = lambda _: None
-        self._ahead = ReadAhead(self._jobs, self._next_position, threads, config.data.read_ahead)
+        # A step that begins when all of it has been read wants all of it to be read ahead.
+        whole_step = topology.layout.num_microbatches if self._skips else 1
+        depth = max(config.data.read_ahead, whole_step)
+        self._ahead = ReadAhead(self._jobs, self._next_position, threads, depth)
 
     @property
     def waited(self) -> float:
@@ -61,9 +64,9 @@ class SampleStream:
             return iter(self._agreed(plan, self._shape_after(consumed_samples), [_outcome(call) for call in calls]))
         return (_whole(_outcome(call)) for call in calls)
 
-    def close(self) -> None:
-        """End the threads."""
-        self._ahead.close()
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads, or let them end without waiting for it."""
+        self._ahead.close(wait=wait)
 
     def _plan(self, consumed_samples: int) -> list[tuple[SampleId, ...]]:
         return list(self._loader.plan(consumed_samples, self._shape_after(consumed_samples).samples))
@@ -81,13 +84,19 @@ class SampleStream:
     def _agreed(
         self, plan: list[tuple[SampleId, ...]], shape: StepShape, outcomes: list[Batch | DamagedSamples]
     ) -> list[Batch]:
+        replaced: dict[tuple[str, int], Replacement] = {}
         while found := union_over_ranks(_damage_in(outcomes), self._topology):
-            self.replaced(self.substitutes.replace(found))
+            for one in self.substitutes.replace(found):
+                # A substitute may be damaged as well: what is told is the first reason and the last substitute.
+                first = replaced.setdefault((one.source, one.sample), one)
+                replaced[one.source, one.sample] = first._replace(replaced_by=one.replaced_by)
             # What was read ahead without these substitutes would report the same samples again.
             self._ahead.forget()
             for number, samples in enumerate(plan):
                 if not found.keys().isdisjoint(samples):
                     outcomes[number] = _outcome(self._job(samples, shape))
+        if replaced:
+            self.replaced(list(replaced.values()))
         return [_whole(outcome) for outcome in outcomes]
 
 

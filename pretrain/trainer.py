@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import closing
 from pathlib import Path
 
 from ..configs.checks import check_layout
@@ -12,7 +11,7 @@ from ..configs.errors import RunError
 from ..configs.loading import dump_config, set_vocabulary
 from ..configs.ramps import StepShape, shape_after, shapes_of
 from ..configs.schema import Config
-from ..data_pipeline.opening import read_manifests
+from ..data_pipeline.opening import PreparedData, read_prepared
 from ..models.build import build_chunks, local_parameters
 from ..parallel.engine import Engine, StepResult
 from ..parallel.topology import Topology, build_topology, join, leave, leave_topology, sum_over_pipeline
@@ -41,10 +40,11 @@ def pretrain(config: Config, place: Place) -> None:
         UsageError: the configuration does not fit the ranks, the data or the run's checkpoint.
         RunError: the run cannot go on.
     """
-    config = set_vocabulary(config, read_manifests(config.data)[0].vocabulary_size)
+    prepared = read_prepared(config.data)
+    config = set_vocabulary(config, prepared.vocabulary_size)
     layout = check_layout(config, place.world_size)
     topology = build_topology(layout, join(place.rank, place.world_size, place.local_rank))
-    Trainer(config, topology, place).run()
+    Trainer(config, topology, place, prepared).run()
     leave_topology()
     leave()
 
@@ -52,9 +52,9 @@ def pretrain(config: Config, place: Place) -> None:
 class Trainer:
     """One rank's part in a run."""
 
-    def __init__(self, config: Config, topology: Topology, place: Place) -> None:
+    def __init__(self, config: Config, topology: Topology, place: Place, prepared: PreparedData) -> None:
         self.config, self.topology, self.place = config, topology, place
-        self.data = RunData(config, topology)
+        self.data = RunData(config, topology, prepared)
         self.chunks = build_chunks(config, topology)
         self.engine = Engine(self.chunks, config, topology)
         self.saver = Saver(config, self.engine, self.data)
@@ -64,8 +64,13 @@ class Trainer:
 
     def run(self) -> None:
         """Train to ``train.steps``, from the newest checkpoint of the run's directory if it has one."""
-        with closing(self.data):
+        try:
             self._run()
+        except BaseException:
+            # A reader may hang in a file system that does not answer, while the other ranks wait for this one to end.
+            self.data.close(wait=False)
+            raise
+        self.data.close()
         self.engine.close()
 
     def _run(self) -> None:
@@ -143,7 +148,7 @@ class Trainer:
         if self.config.evaluation.interval == 0:
             return
         count = self.config.evaluation.batches * self.topology.layout.num_microbatches
-        loss = self.engine.evaluate(self.data.validation(), count)
+        loss = self.engine.evaluate(self.data.validation(self.step), count)
         self.validation_losses.append(loss)
         if self.metrics is not None:
             self.metrics.evaluation(self.step, self.progress.samples, loss)

@@ -23,14 +23,15 @@ def encode_documents(
     The names of special tokens in a text are encoded as the text they are: only a document's end gives its
     token. The documents must not be empty.
     """
-    ids: list[int] = []
+    # Arrays, because a list of Python's integers is many times as large.
+    ids: list[NDArray[np.unsignedinteger]] = []
     for batch in _batches(documents, cut=encoder.splits_text):
         encodings = encoder.encode_batch([text for _, text, _ in batch])
         for (document, _, is_last), encoding in zip(batch, encodings, strict=True):
-            ids += encoding
+            ids.append(np.fromiter(encoding, dtype, len(encoding)))
             if is_last:
-                ids.append(encoder.end_of_document)
-                yield document, np.fromiter(ids, dtype, len(ids))
+                ids.append(np.full(1, encoder.end_of_document, dtype))
+                yield document, np.concatenate(ids)
                 ids.clear()
 
 

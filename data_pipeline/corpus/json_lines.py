@@ -46,7 +46,7 @@ def _lines(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]
         # The byte before shows whether a line begins at start. No more than the piece is searched for its first line,
         # or a line as long as many pieces would be read once for each.
         file.seek(start - 1)
-        skipped = file.readline(stop - start + 1)
+        skipped = file.readline(stop - start)
         if not skipped.endswith(b"\n"):
             return
         start += len(skipped) - 1

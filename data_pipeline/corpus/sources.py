@@ -6,6 +6,7 @@ The order of documents is a function of the inputs alone: files in the order of 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sysconfig
@@ -38,6 +39,7 @@ ACCEPTED = (
 )
 
 _NO_SUFFIX = "(no suffix)"
+_SEEN_FOLDER = "(folder that links lead to again)"
 # Tests are more than half of the standard library and mostly tables of numbers and strings.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -54,7 +56,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of an input list in their order, and how many others were left out, by suffix."""
+    """The files of an input list in their order, and how many other entries were left out, by suffix."""
 
     files: tuple[InputFile, ...]
     skipped: dict[str, int]
@@ -79,16 +81,20 @@ class Piece:
 def list_files(inputs: Sequence[str]) -> Listing:
     """The files that ``inputs`` stand for, found without opening them.
 
-    Inputs follow one another. A folder is walked recursively in sorted order, without hidden entries, and files whose
-    suffix is not accepted are left out and counted. Raises UsageError for an input that is not there, is not local,
-    cannot be read as it is named, or holds no file.
+    Inputs follow one another. A folder is walked recursively in sorted order, through links too, without hidden
+    entries. Left out and counted are files whose suffix is not accepted, and folders that were walked before by another
+    name, so that links can neither form a loop nor repeat documents. Raises UsageError for an input that is not there,
+    is not local, cannot be read as it is named, has a name that is not UTF-8, holds no file, or holds one that an
+    earlier input holds.
     """
     if not inputs:
         raise UsageError(f"no input was given; accepted is {ACCEPTED}")
     files: list[InputFile] = []
     skipped: Counter[str] = Counter()
+    holders: dict[str, str] = {}
     for given in inputs:
         found, left_out = _list(given)
+        _check_given_once(given, found, holders)
         if not found:
             others = f" ({describe_skipped(left_out)} left out)" if left_out else ""
             raise UsageError(f"input {given} holds no document{others}; accepted is {ACCEPTED}")
@@ -97,8 +103,35 @@ def list_files(inputs: Sequence[str]) -> Listing:
     return Listing(tuple(files), dict(sorted(skipped.items())))
 
 
+def _check_given_once(given: str, files: Sequence[InputFile], holders: dict[str, str]) -> None:
+    """``holders`` names the input of each absolute path so far, and gets those of ``files``."""
+    for file in files:
+        path = os.path.abspath(file.path)
+        if path in holders:
+            raise UsageError(
+                f"input {given} and input {holders[path]} both hold {file.path}: give it once (what is to be read more "
+                "often has a weight of its own in data.sources)"
+            )
+        holders[path] = given
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a word of the command line was UTF-8: Python holds the bytes of others as halves of surrogate pairs."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def canonical(given: str) -> str:
+    """The name of an input without the slashes at its end, which mean nothing; the folder ``stdlib/`` keeps them."""
+    stripped = given.rstrip(os.sep)
+    return given if stripped in ("", STANDARD_LIBRARY) else stripped
+
+
 def describe_skipped(skipped: dict[str, int]) -> str:
-    """The files that a listing left out, in words: ``3 .png, 1 .zip``."""
+    """What a listing left out, in words: ``3 .png, 1 .zip``."""
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
 
 
@@ -157,6 +190,7 @@ def _list(given: str) -> tuple[list[InputFile], Counter[str]]:
         return [
             InputFile(file.path, file.bytes, file.mtime_ns, "library") for file in files if file.path.endswith(".py")
         ], Counter()
+    _check_name(given)
     _check_local(given)
     if os.path.isdir(given):
         return _walk(given, frozenset())
@@ -164,6 +198,14 @@ def _list(given: str) -> tuple[list[InputFile], Counter[str]]:
         status = os.stat(given)
         return [InputFile(given, status.st_size, status.st_mtime_ns, _kind_of_named(given))], Counter()
     raise UsageError(f"input {given} is not there; accepted is {ACCEPTED}")
+
+
+def _check_name(given: str) -> None:
+    if not is_utf8(given):
+        raise UsageError(
+            f"input {given!r} has a name that is not UTF-8, which the manifest cannot hold: rename it, or give the "
+            "folder that it lies in"
+        )
 
 
 def _check_local(given: str) -> None:
@@ -183,11 +225,15 @@ def _check_local(given: str) -> None:
 def _walk(folder: str, left_out: frozenset[str]) -> tuple[list[InputFile], Counter[str]]:
     files: list[InputFile] = []
     skipped: Counter[str] = Counter()
-    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
-        # os.walk descends into what is left in this very list, in its order.
-        folders[:] = sorted(
+    walked = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        wanted = sorted(
             name for name in folders if name not in left_out and name != "__pycache__" and not name.startswith(".")
         )
+        # os.walk descends into what is left in this very list, in its order.
+        folders[:] = [name for name in wanted if _is_new(os.path.join(root, name), walked)]
+        if len(folders) < len(wanted):
+            skipped[_SEEN_FOLDER] += len(wanted) - len(folders)
         for name in sorted(names):
             if name.startswith("."):
                 continue
@@ -200,6 +246,15 @@ def _walk(folder: str, left_out: frozenset[str]) -> tuple[list[InputFile], Count
     return files, skipped
 
 
+def _is_new(folder: str, walked: set[str]) -> bool:
+    """Whether no other name of ``folder`` is in ``walked``, to which it is added."""
+    place = os.path.realpath(folder)
+    if place in walked:
+        return False
+    walked.add(place)
+    return True
+
+
 def _refuse_folder(error: OSError) -> None:
     raise UsageError(
         f"folder {error.filename} cannot be read ({error.strerror}); give this user access to it or leave it out"
@@ -210,8 +265,12 @@ def _status(path: str) -> os.stat_result | None:
     """The status of a file, or None for a link to nowhere and what is not a regular file."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise UsageError(
+            f"file {path} cannot be read ({error.strerror}); give this user access to it or leave it out"
+        ) from error
     return status if stat.S_ISREG(status.st_mode) else None
 
 

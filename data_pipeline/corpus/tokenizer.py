@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
+from unicodedata import normalize
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ...configs.errors import UsageError
 from .segments import segments
@@ -26,6 +28,7 @@ SENTENCEPIECE_SUFFIX = ".model"
 _CUTS = (("word", " next"), ("9", " 9"), ("a_", " _b"), ("\u00e9t\u00e9", " l\u00e0"), ("\u4e2d", " \u6587"))
 # Characters compose over no space, so these give the same text for the parts as for the whole.
 _LOCAL_NORMALIZERS = (normalizers.NFC, normalizers.NFD, normalizers.NFKC, normalizers.NFKD)
+_WORD_AND_SPACE = re.compile(r"\S\s")
 
 
 class Encoder(Protocol):
@@ -81,9 +84,14 @@ def load_encoder(path: Path) -> Encoder:
     Raises UsageError when the file is missing, is not what it is named or has no token that ends a document, or when
     the package sentencepiece is needed and missing.
     """
+    return parse_encoder(path, read_tokenizer(path))
+
+
+def parse_encoder(path: Path, data: bytes) -> Encoder:
+    """The encoder of which ``data`` are the file; its name says which kind it is. Raises as ``load_encoder`` does."""
     if path.suffix == SENTENCEPIECE_SUFFIX:
-        return parse_sentencepiece(path, _read(path))
-    return TokenizersEncoder(load_tokenizer(path))
+        return parse_sentencepiece(path, data)
+    return TokenizersEncoder(_parse(path, data))
 
 
 def train_byte_level_bpe(documents: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -116,11 +124,14 @@ def check_vocabulary_size(size: int) -> None:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a ``tokenizer.json``, without the truncation and padding that it may ask for.
+    """Load a ``tokenizer.json``, without the truncation, the padding and the BPE dropout that it may ask for.
 
     Raises UsageError when the file is missing or is not a tokenizer.
     """
-    data = _read(path)
+    return _parse(path, read_tokenizer(path))
+
+
+def _parse(path: Path, data: bytes) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the tokenizers package raises nothing narrower
@@ -131,12 +142,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
     # A tokenizer saved for inference may cut every text to its model's context.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # One saved by a training with BPE dropout (Provilkov et al. 2020) would give the same text other tokens each time.
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None
     return tokenizer
 
 
 def tokenizer_sha256(path: Path) -> str:
     """SHA-256 of the tokenizer's file, in hexadecimal. Raises UsageError when the file is missing."""
-    return sha256(_read(path)).hexdigest()
+    return sha256(read_tokenizer(path)).hexdigest()
 
 
 def end_of_document_id(tokenizer: Tokenizer) -> int:
@@ -159,6 +173,9 @@ def _splits_text(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer itself cuts where ``segments`` does: its model then sees the same words either way."""
     if tokenizer.pre_tokenizer is None or not isinstance(tokenizer.normalizer, (type(None), *_LOCAL_NORMALIZERS)):
         return False
+    # Added tokens are found before the tokenizer cuts; the special ones are not looked for at all.
+    if any(_straddles(token) for token in tokenizer.get_added_tokens_decoder().values() if not token.special):
+        return False
 
     def words(text: str) -> list[str]:
         return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
@@ -166,7 +183,14 @@ def _splits_text(tokenizer: Tokenizer) -> bool:
     return all(words(before + after) == words(before) + words(after) for before, after in _CUTS)
 
 
-def _read(path: Path) -> bytes:
+def _straddles(token: AddedToken) -> bool:
+    """Whether finding the token may depend on both sides of a cut: on a word's end and the space behind it."""
+    content = normalize("NFKC", token.content)  # the widest of the normalizers
+    return bool(token.rstrip or (token.single_word and content[:1].isspace()) or _WORD_AND_SPACE.search(content))
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The bytes of a tokenizer's file. Raises UsageError when it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

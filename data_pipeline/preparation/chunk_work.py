@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 from ...configs.errors import RunError
 from ..corpus.documents import Document
 from ..corpus.encoding import encode_documents
 from ..corpus.sources import read_piece
-from ..corpus.tokenizer import Encoder, load_encoder
+from ..corpus.tokenizer import Encoder, parse_encoder, read_tokenizer
 from ..shards.manifest import Request, dtype_name, token_dtype
 from ..shards.writer import ShardWriter
 from .chunks import Chunk
 from .fragments import Fragment, is_whole, write_fragment
-from .splits import SPLITS, TRAIN, holdout_score, split_of
+from .splits import SPLITS, TRAIN, Scores, holdout_score, split_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def prepare_chunk(job: Job, chunk: Chunk, earlier: Fragment | None) -> tuple[Fra
     """Write the shards of ``chunk`` and its record, which is returned with whether it was there.
 
     The shards of ``earlier``, a record of the same preparation, are kept if they are whole. Raises RunError when an
-    input file is not what it was when the preparation began, and what ``read_piece`` raises.
+    input file or the tokenizer is not what it was when the preparation began, and what ``read_piece`` raises.
     """
     if earlier is not None and is_whole(job.output, earlier):
         return earlier, True
@@ -65,6 +66,13 @@ def prepare_chunk(job: Job, chunk: Chunk, earlier: Fragment | None) -> tuple[Fra
     )  # fmt: skip
     write_fragment(job.output, fragment)
     return fragment, False
+
+
+def score_chunk(chunk: Chunk, request: Request) -> Scores:
+    """The scores of the documents of ``chunk``, by reading alone."""
+    scores = [holdout_score(document.text) for document in _documents(chunk, request.text_field)]
+    splits = frozenset(split_of(score, request.validation_fraction) for score in scores)
+    return Scores(len(scores), min(scores, default=1.0), splits)
 
 
 def sample_chunk(chunk: Chunk, request: Request, characters: int) -> list[str]:
@@ -96,6 +104,14 @@ def _check_unchanged(chunk: Chunk) -> None:
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer: Path, _sha256: str) -> Encoder:
-    """The encoder, loaded once for all chunks that a process works on; the hash tells a file that was replaced."""
-    return load_encoder(tokenizer)
+def _encoder(tokenizer: Path, expected_sha256: str) -> Encoder:
+    """The encoder, loaded once for all chunks that a process works on. Raises RunError when the file is another one."""
+    data = read_tokenizer(tokenizer)
+    found = sha256(data).hexdigest()
+    # A network file system may show this process an earlier file of the name, and its tokens would be wrong ones.
+    if found != expected_sha256:
+        raise RunError(
+            f"{tokenizer} has the SHA-256 {found} for this process and not {expected_sha256} as when the preparation "
+            "began; leave the output folder to one preparation, and repeat its command"
+        )
+    return parse_encoder(tokenizer, data)

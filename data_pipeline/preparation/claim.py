@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,9 +22,13 @@ from .fragments import FRAGMENTS
 from .splits import SPLITS
 
 LOCK = "prepare.lock"
+OWNER = "prepare.owner"
+"""Stands for the lock on a file system that has none. A process that is killed leaves it behind."""
+INPUTS = "inputs.json"
+"""Which input files a folder was prepared from. Beside the manifest, whose fingerprint no time of a file may change."""
 
 _SHARD = rf"({'|'.join(SPLITS)})-\d{{5,}}-\d{{3,}}(\.tar|{re.escape(INDEX_SUFFIX)})"
-_NAMES = "|".join(re.escape(name) for name in (TOKENIZER, SENTENCEPIECE, MANIFEST, UNFINISHED))
+_NAMES = "|".join(re.escape(name) for name in (TOKENIZER, SENTENCEPIECE, MANIFEST, INPUTS, UNFINISHED))
 _SHARD_OR_TEMPORARY = re.compile(rf"{_SHARD}|({_SHARD}|{_NAMES})\.[0-9a-f]+{re.escape(TEMPORARY_SUFFIX)}")
 # Lustre and some network file systems have locks only where they are mounted with them.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -45,18 +51,15 @@ class Claim(BaseModel):
 def exclusively(output: Path) -> Iterator[None]:
     """Hold ``output``, which is made where it is missing, against a second preparation at the same time.
 
-    The kernel lets go when the process ends, however it ends. Raises UsageError when another process holds it and
-    when it holds files that no preparation has put there.
+    The kernel lets go when the process ends, however it ends. Raises UsageError when another process holds it, or did
+    so on a file system without locks when it was killed, and when it holds files that no preparation has put there.
     """
     if output.exists() and not output.is_dir():
         raise UsageError(f"output {output} is a file; name a new folder")
     output.mkdir(parents=True, exist_ok=True)
     _check_ours(output)
-    descriptor = _lock(output)
-    try:
+    with _hold(output):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def take(output: Path, claim: Claim) -> Claim:
@@ -80,6 +83,23 @@ def note_tokenizer(output: Path, claim: Claim, tokenizer_sha256: str) -> None:
     """Write down which tokenizer the folder has."""
     noted = claim.model_copy(update={"tokenizer_sha256": tokenizer_sha256})
     write_durably(output / UNFINISHED, noted.model_dump_json().encode())
+
+
+def note_inputs(output: Path, inputs_sha256: str) -> None:
+    """Write down which input files the folder is prepared from, which the finished one keeps."""
+    write_durably(output / INPUTS, _inputs_note(inputs_sha256))
+
+
+def has_inputs(output: Path, inputs_sha256: str) -> bool:
+    """Whether that is what was written down."""
+    try:
+        return (output / INPUTS).read_bytes() == _inputs_note(inputs_sha256)
+    except FileNotFoundError:
+        return False
+
+
+def _inputs_note(inputs_sha256: str) -> bytes:
+    return (json.dumps({"sha256": inputs_sha256}) + "\n").encode("ascii")
 
 
 def remove_strays(output: Path, named: set[str]) -> None:
@@ -111,7 +131,7 @@ def abandon(output: Path) -> None:
 
 def _remove_made(output: Path) -> None:
     remove_strays(output, set())
-    for name in (TOKENIZER, SENTENCEPIECE):
+    for name in (TOKENIZER, SENTENCEPIECE, INPUTS):
         (output / name).unlink(missing_ok=True)
 
 
@@ -139,28 +159,57 @@ def _difference(output: Path, there: Claim | None, here: Claim) -> str:
 
 
 def _check_ours(output: Path) -> None:
-    names = {path.name for path in output.iterdir() if not _FIRST_TEMPORARY.fullmatch(path.name)} - {LOCK}
+    names = {path.name for path in output.iterdir() if not _FIRST_TEMPORARY.fullmatch(path.name)} - {LOCK, OWNER}
     if names and not names & {UNFINISHED, MANIFEST}:
         raise UsageError(f"output {output} holds other files and no prepared data; choose a new or empty folder")
 
 
-def _lock(output: Path) -> int:
-    """A descriptor that holds the lock until it is closed; on a file system without locks it holds nothing."""
+def _hold(output: Path) -> ExitStack:
+    """Hold the folder until what is returned is closed."""
     path = output / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise UsageError(
-                f"{output} is being prepared by another process; wait for it, or choose another folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                raise
-        # A preparation that has just finished removed the file, and perhaps the next one has made it anew.
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            return descriptor
-        os.close(descriptor)
+        with ExitStack() as stack:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            if not _lock(descriptor, output):
+                stack.callback(_own(output).unlink, missing_ok=True)
+                return stack.pop_all()
+            # A preparation that has just finished removed the file, and perhaps the next one has made it anew.
+            if _is_at(path, descriptor):
+                return stack.pop_all()
+
+
+def _lock(descriptor: int, output: Path) -> bool:
+    """Lock an open file; whether its file system has locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{output} is being prepared by another process; wait for it, or choose another folder"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _own(output: Path) -> Path:
+    """Make the file that says who prepares the folder, and return its path."""
+    path = output / OWNER
+    try:
+        with path.open("x") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    except FileExistsError as error:
+        raise UsageError(
+            f"{output} is being prepared by {path.read_text() or 'another process'}; wait for it or, if that has been "
+            f"killed, delete {path}, for this file system has no locks that end with their process"
+        ) from error
+    return path

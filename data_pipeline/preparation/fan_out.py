@@ -14,15 +14,12 @@ def completed(
 ) -> Iterator[tuple[int, T]]:
     """(number, result) of ``function(*task)`` for every task, in the order in which they are done.
 
-    What a task raises is raised here; of the others, those that have not begun are then given up.
+    What a task raises is raised here. The others are then still the executor's: its owner may give them up.
     """
     if executor is None:
         yield from ((number, function(*task)) for number, task in enumerate(tasks))
         return
     futures = {executor.submit(function, *task): number for number, task in enumerate(tasks)}
-    try:
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+    # None is cancelled here: a pool of Python 3.11 whose process ends meanwhile fails at futures that others cancelled.
+    for future in as_completed(futures):
+        yield futures[future], future.result()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from hashlib import file_digest
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
+from ...configs.errors import RunError
 from ..durable import write_durably
 from ..shards.manifest import Sha256, ShardRecord
-from ..shards.member_index import INDEX_SUFFIX
+from ..shards.member_index import index_name
+from .splits import Scores
 
 FRAGMENTS = "chunks"
 """The folder of the records, inside that of the prepared data. It goes when the manifest has been written."""
@@ -29,6 +32,11 @@ class Fragment(BaseModel):
     tokens: NonNegativeInt
     lowest_score: float
     """The lowest ``splits.holdout_score`` of its documents, 1 without any."""
+
+    @property
+    def scores(self) -> Scores:
+        """What its documents mean for the splits."""
+        return Scores(self.documents, self.lowest_score, frozenset(self.splits))
 
     def records(self) -> list[ShardRecord]:
         """The shards of all splits."""
@@ -63,11 +71,33 @@ def is_whole(output: Path, fragment: Fragment) -> bool:
     return all(_shard_is_whole(output / record.name, record) for record in fragment.records())
 
 
+def check_present(output: Path, fragments: Iterable[Fragment]) -> None:
+    """Raise RunError unless every shard is there with its size, and beside it its index."""
+    for fragment in fragments:
+        for record in fragment.records():
+            shard = output / record.name
+            index = shard.with_name(index_name(shard.name))
+            lost = shard if _size(shard) != record.bytes else index if not _size(index) else None
+            if lost is not None:
+                raise RunError(
+                    f"{output} has lost {lost.name}, which this preparation had written, perhaps to another process "
+                    "that works there; once none does, the same command makes it again"
+                )
+
+
+def _size(path: Path) -> int:
+    """The size of a file, 0 for one that is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def _shard_is_whole(path: Path, record: ShardRecord) -> bool:
     try:
         return (
             path.stat().st_size == record.bytes
-            and _sha256(path.with_suffix(INDEX_SUFFIX)) == record.index_sha256
+            and _sha256(path.with_name(index_name(path.name))) == record.index_sha256
             and _sha256(path) == record.sha256
         )
     except OSError:

@@ -9,6 +9,9 @@ class Progress:
     def say(self, sentence: str) -> None:
         """Something that the user may want to know."""
 
+    def plan(self, files: int, total_bytes: int, chunks: int) -> None:
+        """There are so many input files, of that size, in so many chunks."""
+
     def begin(self, total_bytes: int) -> None:
         """Tokenising begins, of inputs of that size."""
 

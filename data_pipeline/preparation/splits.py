@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from ...configs.errors import UsageError
@@ -13,6 +14,17 @@ VALIDATION = "validation"
 SPLITS = (TRAIN, VALIDATION)
 
 _FLAG = "--validation-fraction"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What decides whether each split will have documents."""
+
+    documents: int
+    lowest_score: float
+    """The lowest ``holdout_score``, 1 without documents."""
+    splits: frozenset[str]
+    """Those that have documents."""
 
 
 def holdout_score(text: str) -> float:

@@ -39,8 +39,8 @@ def train(chunks: Sequence[Chunk], request: Request, executor: Executor | None, 
 def _training_texts(chunks: Sequence[Chunk], request: Request, executor: Executor | None) -> list[str]:
     """Documents from the beginnings of chunks all along the corpus; all documents when it is small.
 
-    Each chunk gives as many characters as it has of the bytes. A character has a byte at least, so where the limit
-    is not reached everything is taken.
+    The characters are shared out among the chunks by their bytes. A corpus with no more bytes than the limit is
+    therefore taken whole, unless it is compressed: there chunks may hold more characters than bytes.
     """
     count = min(len(chunks), TRAINING_CHUNKS)
     chosen = [chunks[number * len(chunks) // count] for number in range(count)]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 from zlib import crc32
 
-from .member_index import LENGTH, Member, dump_index, member_stem
+import numpy as np
+from numpy.typing import NDArray
 
-TOKENS_SUFFIX = ".tok"
-LENGTHS_SUFFIX = ".len"
+from .manifest import ShardRecord
+from .member_index import LENGTH, LENGTHS_SUFFIX, TOKENS_SUFFIX, Member, dump_index, member_stem, parse_index
+
+_Size = TypeVar("_Size", int, NDArray[np.int64])
 
 _END_MARK = 2 * tarfile.BLOCKSIZE
+_LARGEST_FILE = 8**11 - 1
+"""Bytes: the header of a USTAR file has eleven octal digits for its size."""
+_LARGEST_FIELD = 1 << 60
+"""Of an index: sums of a few such numbers still fit into 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +66,41 @@ def end_region(start: int) -> Region:
     return Region(start, stop - start, "the end of the archive", bytes(stop - start))
 
 
-def misplaced(members: Sequence[Member], token_bytes: int) -> int | None:
-    """The first of ``members`` that cannot be one of a shard, or None.
+def misplaced(members: NDArray[np.int64], token_bytes: int) -> int | None:
+    """The first row of ``members``, (members, 7), that cannot be that of a member of a shard, or None.
 
     In a shard the files lie one behind the other and the groups are numbered in order.
     """
-    start = 0
-    for number, member in enumerate(members):
-        lengths_offset = _round_up(member.offset + member.tokens * token_bytes) + tarfile.BLOCKSIZE
-        if (
-            member.offset != start + tarfile.BLOCKSIZE
-            or member.lengths_offset != lengths_offset
-            or min(member.tokens, member.lengths) < 1
-            or member.group != members[0].group + number
-            or member.group < 0
-        ):
-            return number
-        start = _round_up(lengths_offset + member.lengths * LENGTH.itemsize)
-    return None
+    offset, tokens, _, lengths_offset, lengths, _, group = members.T
+    token_size, lengths_size = tokens * token_bytes, lengths * LENGTH.itemsize
+    ends = _round_up(lengths_offset + lengths_size)
+    wrong = (
+        ((members < 0) | (members > _LARGEST_FIELD)).any(axis=1)
+        | (np.minimum(tokens, lengths) < 1)
+        | (np.maximum(token_size, lengths_size) > _LARGEST_FILE)
+        | (offset != np.append(0, ends)[:-1] + tarfile.BLOCKSIZE)
+        | (lengths_offset != _round_up(offset + token_size) + tarfile.BLOCKSIZE)
+        | (group != group[:1] + np.arange(group.size))
+    )
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+def read_index(data: bytes, record: ShardRecord, token_bytes: int) -> NDArray[np.int64]:
+    """The members that an index lists, (members, 7): such as the shard of that record can have.
+
+    Raises ValueError otherwise. Data from other hands have right checksums whatever they say.
+    """
+    members = parse_index(data)
+    wrong = misplaced(members, token_bytes)
+    if wrong is not None:
+        raise ValueError(f"its row {wrong} cannot be that of a member")
+    tokens = int(members[:, Member._fields.index("tokens")].sum())
+    if tokens != record.tokens:
+        raise ValueError(f"it lists {tokens} tokens and the manifest says {record.tokens}")
+    end = Member(*members[-1].tolist()).end
+    if end > record.bytes:
+        raise ValueError(f"its last member ends at byte {end} and the manifest says {record.bytes}")
+    return members
 
 
 def rebuild_index(file: tarfile.TarFile, token_bytes: int) -> bytes:
@@ -108,10 +133,10 @@ def _file_regions(name: str, offset: int, size: int, checksum: int) -> Iterator[
 def _payloads(file: tarfile.TarFile) -> Iterator[tuple[str, int, int, int]]:
     for header in file:
         payload = file.extractfile(header)
-        if payload is None:
+        if payload is None or header.issparse():  # a sparse file may claim any size
             raise ValueError(f"{header.name} is not a file")
         yield header.name, header.offset_data, header.size, crc32(payload.read())
 
 
-def _round_up(size: int, unit: int = tarfile.BLOCKSIZE) -> int:
+def _round_up(size: _Size, unit: int = tarfile.BLOCKSIZE) -> _Size:
     return -(-size // unit) * unit

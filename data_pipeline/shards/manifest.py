@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -23,6 +24,8 @@ UNFINISHED = "unfinished.json"
 
 DtypeName = Literal["uint16", "uint32"]
 TokenizerName = Literal["tokenizer.json", "tokenizer.model"]
+_MOST = 1 << 40
+"""Of anything in one shard: the sums over all shards of a manifest then fit into 64 bits."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -63,9 +66,9 @@ class ShardRecord(_Record):
 
     name: Annotated[str, Field(pattern=r"^[a-z]+-[0-9]{5,}-[0-9]{3,}\.tar$")]
     """``{split}-{chunk}-{part}.tar``. The pattern keeps a manifest from other hands inside its own folder."""
-    bytes: PositiveInt
-    tokens: PositiveInt
-    documents: NonNegativeInt
+    bytes: Annotated[int, Field(gt=0, lt=_MOST)]
+    tokens: Annotated[int, Field(gt=0, lt=_MOST)]
+    documents: Annotated[int, Field(ge=0, lt=_MOST)]
     """Documents that begin in the shard."""
     sha256: Sha256
     index_sha256: Sha256
@@ -83,7 +86,7 @@ class Manifest(_Record):
     tokenizer: TokenizerName = TOKENIZER
     tokenizer_sha256: Sha256
     request: Request
-    splits: dict[str, tuple[ShardRecord, ...]]
+    splits: Annotated[dict[str, Annotated[tuple[ShardRecord, ...], Field(min_length=1)]], Field(min_length=1)]
     """Shards of every split that holds documents, in the order of their tokens."""
 
     def tokens(self, split: str) -> int:
@@ -98,10 +101,16 @@ class Manifest(_Record):
         """The bytes of ``index.json``: a pure function of the contents."""
         return (json.dumps(self.model_dump(mode="json"), indent=1) + "\n").encode("ascii")
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of ``index.json`` in hexadecimal: equal fingerprints mean equal tokens in equal order."""
         return sha256(self.to_json()).hexdigest()
+
+    def __copy__(self) -> Self:
+        """Without the fingerprint: ``model_copy`` changes what it is of."""
+        copied = super().__copy__()
+        copied.__dict__.pop("fingerprint", None)
+        return copied
 
 
 def dtype_name(vocabulary_size: int) -> DtypeName:
@@ -167,6 +176,8 @@ def _absence(folder: Folder) -> str:
         unfinished = folder.sizes([UNFINISHED])
     except (FileNotFoundError, NotADirectoryError):
         return f"the folder of prepared data {folder.location} is not there; {remedy}"
+    except OSError:  # it may be read but not listed
+        unfinished = {}
     if unfinished:
         return f"the preparation of data in {folder.location} has not finished; run it again to complete it"
     return f"{folder.location} holds no prepared data ({MANIFEST} is missing); {remedy}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 INDEX_SUFFIX = ".idx.npy"
+TOKENS_SUFFIX = ".tok"
+LENGTHS_SUFFIX = ".len"
 LENGTH = np.dtype("<u4")
 """Type of a document's length in a ``.len``."""
+
+_ROW_TYPE = np.dtype("<i8")
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..{'descr': '<i8', 'fortran_order': False, 'shape': \((\d{1,9}), 7\), } *\n", re.DOTALL
+)
+
+
+def index_name(shard: str) -> str:
+    """Name of the index beside the shard of that name."""
+    return shard.removesuffix(".tar") + INDEX_SUFFIX
 
 
 def member_stem(shard: str, group: int) -> str:
@@ -48,18 +61,22 @@ class Member(NamedTuple):
 def dump_index(members: Sequence[Member]) -> bytes:
     """A ``.npy`` file: int64 (members, 7), the columns being the fields of ``Member``."""
     buffer = io.BytesIO()
-    rows = np.array(members, "<i8").reshape(-1, len(Member._fields))
+    rows = np.array(members, _ROW_TYPE).reshape(-1, len(Member._fields))
     np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
 
 
 def parse_index(data: bytes) -> NDArray[np.int64]:
-    """What ``dump_index`` wrote, as int64 (members, 7). Raises ValueError when it is something else."""
-    rows = np.load(io.BytesIO(data), allow_pickle=False)
-    if rows.dtype != np.dtype("<i8") or rows.ndim != 2 or rows.shape[1] != len(Member._fields):
-        raise ValueError(
-            f"expected int64 (members, {len(Member._fields)}) and found {rows.dtype} {rows.shape}"
-        )
+    """What ``dump_index`` wrote, as int64 (members, 7). Raises ValueError when it is something else.
+
+    The rows may say anything: see ``layout.read_index``.
+    """
+    # numpy's own reader evaluates the header and reserves whatever memory that asks for.
+    header = _HEADER.match(data)
+    columns = len(Member._fields)
+    if header is None or int(header[1]) * columns * _ROW_TYPE.itemsize != len(data) - header.end():
+        raise ValueError(f"it is not a .npy file of int64 (members, {columns})")
+    rows = np.frombuffer(data, _ROW_TYPE, offset=header.end()).reshape(-1, columns)
     index: NDArray[np.int64] = rows.astype(np.int64, copy=False)
     return index
 

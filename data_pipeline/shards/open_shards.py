@@ -50,6 +50,11 @@ class OpenShards:
                 self._shards.move_to_end(key)
             return shard
 
+    def drop(self, key: Hashable) -> None:
+        """Hold the shard that was kept as ``key`` no longer."""
+        with self._lock:
+            self._shards.pop(key, None)
+
     def keep(self, key: Hashable, shard: OpenShard) -> None:
         """Hold ``shard`` as ``key``."""
         with self._lock:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from ...configs.errors import RunError
 from ..storage.folder import Folder
-from .manifest import ShardRecord
-from .member_index import INDEX_SUFFIX, LENGTH, Member, document_starts, member_stem, parse_index
+from .layout import read_index
+from .manifest import MANIFEST, ShardRecord
+from .member_index import LENGTH, LENGTHS_SUFFIX, TOKENS_SUFFIX, Member, document_starts, index_name, member_stem
 from .open_shards import OPEN_SHARDS, OpenShard, OpenShards
 
 Piece = tuple[NDArray[np.unsignedinteger], NDArray[np.int64]]
@@ -25,6 +26,8 @@ _UNASKED = np.empty(0, np.int64)
 _REMEDY = "restore it from a copy, or prepare the data again"
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Reasons of the machine, which say nothing about the file."""
+_OF_THE_FILE = (errno.ENOENT, errno.EIO)
+"""Reasons that a missing file and a bad sector have; others are of the file system."""
 
 
 class Damage(RunError):
@@ -40,6 +43,15 @@ class Damage(RunError):
         """What is wrong, as the message says it."""
 
 
+class _Unreadable(Exception):
+    """The operating system did not open or read what ``subject`` names."""
+
+    def __init__(self, subject: str, error: OSError) -> None:
+        super().__init__(subject)
+        self.subject = subject
+        self.error = error
+
+
 class ShardReader:
     """Random access to the tokens of one shard, for several threads at once.
 
@@ -47,8 +59,9 @@ class ShardReader:
     when they are first needed: a member that is damaged in a copy that is kept on the way is fetched afresh, once.
     ``opened`` bounds what stays open; the caller may read as many shards as it likes.
 
-    ``read`` raises Damage when the shard or the index is missing or is not what the manifest says, and when a member
-    fails its checksum; RunError when the network, the cache or the machine fails.
+    ``read`` raises Damage when the shard or the index is missing or is not what the manifest says, when a member fails
+    its checksum, and when the disk cannot read it; RunError when the network, the file system, the cache or the machine
+    fails.
     """
 
     def __init__(
@@ -72,6 +85,17 @@ class ShardReader:
 
         Without ``documents`` nothing is read of where they begin, which is half of the work for short windows.
         """
+        try:
+            return self._read(start, stop, documents)
+        except _Unreadable:
+            # Network file systems come back, and what they invalidated can be opened anew.
+            self._forget()
+        try:
+            return self._read(start, stop, documents)
+        except _Unreadable as failure:
+            raise self._failure(failure.subject, failure.error) from failure.error
+
+    def _read(self, start: int, stop: int, documents: bool) -> list[Piece]:
         shard = self._open()
         first = int(shard.ends.searchsorted(start, "right"))
         last = int(shard.ends.searchsorted(stop, "left")) + 1
@@ -106,10 +130,11 @@ class ShardReader:
         record = self._record
         try:
             source = self._folder.open(record.name, record.bytes)
+            size = source.size
         except OSError as error:
-            raise self._unreadable(f"shard {self.address}", error) from error
-        if source.size != record.bytes:
-            raise self._damage(f"has {source.size} bytes and the manifest says {record.bytes}")
+            raise _Unreadable(f"shard {self.address}", error) from error
+        if size != record.bytes:
+            raise self._damage(f"has {size} bytes and the manifest says {record.bytes}")
         members = self._index()
         ends = np.cumsum(members[:, Member._fields.index("tokens")])
         if not self._verified.size:
@@ -118,14 +143,14 @@ class ShardReader:
 
     def _index(self) -> NDArray[np.int64]:
         """The index, verified. It is small, so reading it again is cheaper than holding those of all shards."""
-        name = self._record.name.removesuffix(".tar") + INDEX_SUFFIX
+        name = index_name(self._record.name)
         subject = f"index {self._folder.address(name)}"
         found = ""
         for fresh in (False, True):
             try:
                 data = self._folder.read_bytes(name, fresh=fresh)
             except OSError as error:
-                raise self._unreadable(subject, error) from error
+                raise _Unreadable(subject, error) from error
             found = sha256(data).hexdigest()
             if found == self._record.index_sha256:
                 return self._parsed(subject, data)
@@ -134,14 +159,9 @@ class ShardReader:
 
     def _parsed(self, subject: str, data: bytes) -> NDArray[np.int64]:
         try:
-            members = parse_index(data)
-            tokens = int(members[:, Member._fields.index("tokens")].sum())
+            return read_index(data, self._record, self._dtype.itemsize)
         except ValueError as error:
-            raise Damage(subject, f"is not an index ({error})", shard=self.address) from error
-        if tokens != self._record.tokens:
-            reason = f"lists {tokens} tokens and the manifest says {self._record.tokens}"
-            raise Damage(subject, reason, shard=self.address)
-        return members
+            raise Damage(subject, f"is not that of its shard ({error})", shard=self.address) from error
 
     def _verify(self, shard: OpenShard, first: int, last: int) -> None:
         """Make sure of the members [first, last); neighbours that were not read before are read in one go."""
@@ -169,8 +189,8 @@ class ShardReader:
     def _payloads(self, member: Member) -> Iterator[tuple[str, int, int, int]]:
         """Name, offset, size in bytes and crc32 of the two files of a member."""
         stem = member_stem(self._record.name, member.group)
-        yield f"{stem}.tok", member.offset, member.tokens * self._dtype.itemsize, member.crc32
-        yield f"{stem}.len", member.lengths_offset, member.lengths * LENGTH.itemsize, member.lengths_crc32
+        yield stem + TOKENS_SUFFIX, member.offset, member.tokens * self._dtype.itemsize, member.crc32
+        yield stem + LENGTHS_SUFFIX, member.lengths_offset, member.lengths * LENGTH.itemsize, member.lengths_crc32
 
     def _bytes(self, shard: OpenShard, offset: int, count: int, *, fresh: bool = False) -> NDArray[np.uint8]:
         try:
@@ -178,7 +198,7 @@ class ShardReader:
             if data.size < count and not fresh:
                 data = shard.source.read(offset, count, fresh=True)
         except OSError as error:
-            raise self._unreadable(f"shard {self.address}", error) from error
+            raise _Unreadable(f"shard {self.address}", error) from error
         if data.size < count:
             raise self._damage(f"ends before byte {offset + count} and the manifest says {self._record.bytes}")
         return data
@@ -187,8 +207,23 @@ class ShardReader:
         subject = f"shard {self.address}, member {member}" if member else f"shard {self.address}"
         return Damage(subject, reason, shard=self.address, member=member)
 
-    def _unreadable(self, subject: str, error: OSError) -> RunError:
+    def _forget(self) -> None:
+        """Open the shard anew at the next read, which may find another file of its name."""
+        with self._lock:
+            self._opened.drop(self)
+            self._verified[:] = False
+
+    def _failure(self, subject: str, error: OSError) -> RunError:
         reason = f"cannot be read ({error.strerror or error})"
         if error.errno in _EXHAUSTED:
             return RunError(f"{subject} {reason}; raise the limit of the process (ulimit -n, memory) and run again")
-        return Damage(subject, reason, shard=self.address)
+        if (error.errno in _OF_THE_FILE or isinstance(error, FileNotFoundError)) and self._folder_is_there():
+            return Damage(subject, reason, shard=self.address)
+        return RunError(f"{subject} {reason}; check the file system and its permissions, then run again")
+
+    def _folder_is_there(self) -> bool:
+        """Whether the folder still has its manifest: all files of a file system that was unmounted are missing."""
+        try:
+            return MANIFEST in self._folder.sizes([MANIFEST])
+        except OSError:
+            return False

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...configs.errors import RunError
-from .manifest import Manifest, ShardRecord, load_manifest
-from .member_index import INDEX_SUFFIX, LENGTH, Member, parse_index
+from .layout import read_index
+from .manifest import Manifest, ShardRecord, load_manifest, token_dtype
+from .member_index import LENGTH, Member, index_name
 
 Progress = Callable[[int, int], None]
 """Called with the number of shards whose document lengths have been read, and that of all shards."""
@@ -108,6 +109,7 @@ def read_stats(directory: Path, *, progress: Progress | None = None) -> Stats:
     manifest, an index or a document length is damaged.
     """
     manifest = load_manifest(directory)
+    token_bytes = token_dtype(manifest.dtype).itemsize
     total = sum(map(len, manifest.splits.values()))
     done = 0
     splits: dict[str, SplitStats] = {}
@@ -115,7 +117,7 @@ def read_stats(directory: Path, *, progress: Progress | None = None) -> Stats:
     def shards_of(records: Sequence[ShardRecord]) -> Iterator[NDArray[np.int64]]:
         nonlocal done
         for record in records:
-            yield from _piece_lengths(directory / record.name, record)
+            yield from _piece_lengths(directory / record.name, record, token_bytes)
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -156,26 +158,33 @@ def _batches(lengths: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]
         yield np.concatenate(held)
 
 
-def _piece_lengths(path: Path, record: ShardRecord) -> Iterator[NDArray[np.int64]]:
+def _piece_lengths(path: Path, record: ShardRecord, token_bytes: int) -> Iterator[NDArray[np.int64]]:
     """What the members of a shard list as the lengths of their pieces."""
-    index = _read_index(path.with_suffix(INDEX_SUFFIX), record)
+    index = _read_index(path.with_name(index_name(path.name)), record, token_bytes)
     try:
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.bytes:
+                raise RunError(f"shard {path} has {size} bytes and the manifest says {record.bytes}; {_REMEDY}")
             for row in index.tolist():
                 member = Member(*row)
                 data = os.pread(file.fileno(), LENGTH.itemsize * member.lengths, member.lengths_offset)
-                if crc32(data) != member.lengths_crc32:
+                pieces = np.frombuffer(data, LENGTH).astype(np.int64)
+                if crc32(data) != member.lengths_crc32 or pieces.sum() != member.tokens or not pieces[1:].all():
                     raise RunError(f"shard {path} is damaged at byte {member.lengths_offset}; {_REMEDY}")
-                yield np.frombuffer(data, LENGTH).astype(np.int64)
+                yield pieces
     except OSError as error:
         raise RunError(f"shard {path} cannot be read ({error.strerror}); {_REMEDY}") from error
 
 
-def _read_index(path: Path, record: ShardRecord) -> NDArray[np.int64]:
+def _read_index(path: Path, record: ShardRecord, token_bytes: int) -> NDArray[np.int64]:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise RunError(f"index {path} cannot be read ({error.strerror}); {_REMEDY}") from error
     if sha256(data).hexdigest() != record.index_sha256:
         raise RunError(f"index {path} is damaged; {_REMEDY}")
-    return parse_index(data)
+    try:
+        return read_index(data, record, token_bytes)
+    except ValueError as error:
+        raise RunError(f"index {path} is not that of its shard ({error}); {_REMEDY}") from error

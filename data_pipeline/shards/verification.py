@@ -6,6 +6,7 @@ payload, tar header or padding that holds it.
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
@@ -17,15 +18,10 @@ import numpy as np
 from .contents import ContentCheck
 from .layout import Region, end_region, member_regions, misplaced, rebuild_index
 from .manifest import MANIFEST, Manifest, ShardRecord, token_dtype
-from .member_index import INDEX_SUFFIX, Member, parse_index
+from .member_index import Member, index_name, parse_index
 from .problem import Problem
 
 _BLOCK = 1 << 20
-
-
-def index_name(shard: str) -> str:
-    """Name of the index of the shard of that name."""
-    return Path(shard).with_suffix(INDEX_SUFFIX).name
 
 
 class ShardVerifier:
@@ -98,12 +94,12 @@ class _ShardCheck:
         if index is None:
             return []
         try:
-            members = [Member(*row) for row in parse_index(index).tolist()]
-            wrong = misplaced(members, self._token_bytes)
+            rows = parse_index(index)
+            wrong = misplaced(rows, self._token_bytes)
             if wrong is None:
-                return members
+                return [Member(*row) for row in rows.tolist()]
             reason = f"its row {wrong} cannot be that of a member"
-        except (ValueError, EOFError) as error:
+        except ValueError as error:
             reason = f"it is not the index of a shard ({error})"
         if self._is_index(index):
             self._found.append(Problem(self._index_path.name, reason))
@@ -202,6 +198,7 @@ class _Reading:
         """Whether the file has been read to its end."""
         self.size = 0
         """Bytes read."""
+        self._file_size = 0
         self.end = 0
         """Bytes that the shard must have."""
         self.members = self.other_members = 0
@@ -221,6 +218,7 @@ class _Reading:
 
     def read(self, file: BufferedReader, members: Sequence[Member], token_bytes: int) -> None:
         """Read all of ``file``, comparing what it has of ``members``. Raises OSError where it cannot be read."""
+        self._file_size = os.fstat(file.fileno()).st_size
         position = 0
         for member in members:
             regions = member_regions(self._shard, member, token_bytes)
@@ -240,7 +238,8 @@ class _Reading:
         self.is_whole = True
 
     def _take(self, file: BufferedReader, region: Region) -> bytes:
-        data = file.read(region.size)
+        # No more than there is: an index from other hands may promise more than fits into memory.
+        data = file.read(min(region.size, max(0, self._file_size - self.size)))
         self._hash(data)
         if len(data) == region.size and not region.agrees(data):
             self.damaged.append(region)

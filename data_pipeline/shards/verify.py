@@ -11,11 +11,12 @@ from pathlib import Path
 from ...configs.errors import RunError, UsageError
 from ..corpus.tokenizer import load_encoder, tokenizer_sha256
 from ..durable import TEMPORARY_SUFFIX
-from ..preparation.claim import LOCK
+from ..preparation.claim import INPUTS, LOCK, OWNER
 from ..preparation.fragments import FRAGMENTS
 from .manifest import MANIFEST, UNFINISHED, Manifest, ShardRecord, dtype_name, load_manifest
+from .member_index import index_name
 from .problem import Problem
-from .verification import ShardVerifier, index_name
+from .verification import ShardVerifier
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of shards that have been verified, and those of all shards."""
@@ -110,12 +111,12 @@ def _shard_problems(directory: Path, manifest: Manifest, workers: int, progress:
 def _strays(directory: Path, manifest: Manifest) -> Iterator[Problem]:
     """Files that the manifest does not name."""
     records = _records(manifest)
-    named = {MANIFEST, manifest.tokenizer, *(record.name for record in records)}
+    named = {MANIFEST, INPUTS, manifest.tokenizer, *(record.name for record in records)}
     named |= {index_name(record.name) for record in records}
     for name in sorted(os.listdir(directory)):
         if name in named:
             continue
-        if name.endswith(TEMPORARY_SUFFIX) or name in (UNFINISHED, FRAGMENTS, LOCK):
+        if name.endswith(TEMPORARY_SUFFIX) or name in (UNFINISHED, FRAGMENTS, LOCK, OWNER):
             yield Problem(name, "it was left by a preparation that was cut short, and may be deleted", is_warning=True)
         else:
             yield Problem(name, "the manifest does not name it, so nothing reads it", is_warning=True)

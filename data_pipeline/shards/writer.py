@@ -21,14 +21,21 @@ from numpy.typing import NDArray
 
 from ..durable import commit, discard, open_temporary, write_durably
 from .manifest import ShardRecord
-from .member_index import INDEX_SUFFIX, Member, document_starts, dump_index, member_stem
+from .member_index import (
+    LENGTH,
+    LENGTHS_SUFFIX,
+    TOKENS_SUFFIX,
+    Member,
+    document_starts,
+    dump_index,
+    index_name,
+    member_stem,
+)
 
 SHARD_TOKENS = 1 << 27
 """256 MiB of uint16: few enough files for a trillion tokens, and sequential enough for any file system."""
 MEMBER_TOKENS = 1 << 17
 """Verified at once on first touch, so small; tar headers are then less than 1 % of the file."""
-
-_LENGTH = np.dtype("<u4")
 
 
 class ShardWriter:
@@ -94,7 +101,7 @@ class ShardWriter:
         if self._shard is None:
             name = f"{self._prefix}-{len(self._records):03d}.tar"
             self._shard = _Shard(self._directory / name)
-        self._shard.append(self._group, np.concatenate(self._pieces), np.array(self._lengths, _LENGTH))
+        self._shard.append(self._group, np.concatenate(self._pieces), np.array(self._lengths, LENGTH))
         self._group += 1
         self._pieces, self._lengths, self._tokens = [], [], 0
         if self._shard.tokens >= self._shard_tokens:
@@ -119,8 +126,8 @@ class _Shard:
 
     def append(self, group: int, tokens: NDArray[np.unsignedinteger], lengths: NDArray[np.uint32]) -> None:
         stem = member_stem(self._path.name, group)
-        offset, checksum = self._add(f"{stem}.tok", tokens.tobytes())
-        lengths_offset, lengths_checksum = self._add(f"{stem}.len", lengths.tobytes())
+        offset, checksum = self._add(stem + TOKENS_SUFFIX, tokens.tobytes())
+        lengths_offset, lengths_checksum = self._add(stem + LENGTHS_SUFFIX, lengths.tobytes())
         self._members.append(
             Member(offset, tokens.size, checksum, lengths_offset, lengths.size, lengths_checksum, group)
         )
@@ -134,7 +141,7 @@ class _Shard:
         digest = file_digest(self._file, "sha256").hexdigest()
         commit(self._file, self._path)
         index = dump_index(self._members)
-        write_durably(self._path.with_suffix(INDEX_SUFFIX), index)
+        write_durably(self._path.with_name(index_name(self._path.name)), index)
         return ShardRecord(
             name=self._path.name,
             bytes=size,

@@ -23,7 +23,7 @@ class ByteSource(Protocol):
         """Size in bytes."""
 
     def read(self, offset: int, count: int, *, fresh: bool = False) -> NDArray[np.uint8]:
-        """The ``count`` bytes at ``offset``: fewer, when the file ends before.
+        """The ``count`` bytes at ``offset``: fewer when the file ends before, and never more.
 
         ``fresh`` says that what was read before was wrong: no copy that is kept on the way answers. Raises OSError when
         the file cannot be read, RunError when what lies on the way to it fails.

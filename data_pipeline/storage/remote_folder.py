@@ -1,32 +1,26 @@
-"""A folder behind an http(s):// or s3:// URL: transient failures are tried again, others said in one sentence."""
+"""A folder behind an http(s):// or s3:// URL, read with patience."""
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...configs.errors import RunError, UsageError
 from ...configs.locations import scheme_of
 from ..extras import missing_package
 from .http_store import HttpStore
+from .patience import patiently
 from .s3_store import S3Store
-
-_PAUSES = (0.5, 1.0, 2.0, 4.0)
-"""Seconds before each further attempt, on average."""
-
-_Result = TypeVar("_Result")
 
 
 class Store(Protocol):
     """What a kind of server can do.
 
     A file that is not there is a FileNotFoundError and a refusal a PermissionError; UsageError is for a server that
-    cannot do it at all. After any other exception the call may succeed when it is repeated.
+    cannot do it at all, RunError for what was tried in vain. After any other exception the call may succeed when it is
+    repeated.
     """
 
     def read(self, url: str) -> bytes:
@@ -56,12 +50,12 @@ class RemoteFolder:
     def read_bytes(self, name: str, *, fresh: bool = False) -> bytes:
         """A whole file. Raises FileNotFoundError, or RunError when the server cannot be read from."""
         url = self.address(name)
-        return _patiently(url, lambda: self._store.read(url))
+        return patiently(url, lambda: self._store.read(url))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Sizes in bytes of those of the files that are there."""
         wanted = list(names)
-        return _patiently(self.location, lambda: self._store.sizes(self.location, wanted))
+        return patiently(self.location, lambda: self._store.sizes(self.location, wanted))
 
     def open(self, name: str, size: int) -> RemoteFile:
         """The file of that name, which is asked for only when it is read."""
@@ -70,7 +64,7 @@ class RemoteFolder:
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of a file, fewer when it ends before. Errors as for ``read_bytes``."""
         url = self.address(name)
-        return _patiently(url, lambda: self._store.read_range(url, start, stop))
+        return patiently(url, lambda: self._store.read_range(url, start, stop))
 
 
 class RemoteFile:
@@ -92,23 +86,3 @@ def _store(location: str) -> Store:
         return S3Store() if scheme_of(location) == "s3" else HttpStore()
     except ImportError as error:
         raise missing_package(location, str(error.name), "remote") from error
-
-
-def _patiently(url: str, request: Callable[[], _Result]) -> _Result:
-    attempt = 0
-    while True:
-        try:
-            return request()
-        except (UsageError, FileNotFoundError):
-            raise
-        except PermissionError as error:
-            raise RunError(f"{url} may not be read ({error}); check the credentials for it") from error
-        except Exception as error:  # the clients have dozens of kinds without a common base
-            if attempt == len(_PAUSES):
-                raise RunError(
-                    f"{url} cannot be read ({str(error) or type(error).__name__}, {attempt + 1} attempts); "
-                    "check the network and the server, then run again"
-                ) from error
-        # Thousands of ranks that lost the same server must not return to it at the same moment.
-        time.sleep(_PAUSES[attempt] * random.uniform(0.5, 1.5))
-        attempt += 1

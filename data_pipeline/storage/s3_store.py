@@ -6,6 +6,8 @@ import errno
 from collections.abc import Iterable
 from typing import Any
 
+from .patience import BadAnswer
+
 
 class S3Store:
     """Files behind s3:// URLs, a ``remote_folder.Store``.
@@ -39,6 +41,8 @@ class S3Store:
             if _begins_after_the_end(error):
                 return b""
             raise
+        if len(data) > stop - start:
+            raise BadAnswer(f"the server was asked for {stop - start} bytes and sent {len(data)}")
         return data
 
     def sizes(self, folder: str, names: Iterable[str]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from .folder import ByteSource, Folder, LocalFile, LocalFolder
 
 RANGES_SUFFIX = ".ranges"
 
-_LINE = re.compile(rb"^(\d+) (\d+)$", re.MULTILINE)
+_LINE = re.compile(rb"^(\d{1,18}) (\d{1,18})$", re.MULTILINE)
 
 
 def cached(folder: Folder, fingerprint: str, cache: Path | None = None) -> Folder:
@@ -94,9 +94,10 @@ class CachedFile:
         """The ``count`` bytes at ``offset``; those that are not kept yet, or all with ``fresh``, are fetched first."""
         stop = min(offset + count, self.size)
         for gap in [(offset, stop)] if fresh else self._missing(offset, stop):
-            self._fetch(*gap)
+            self._fetch(*gap, fresh=fresh)
         with _using(self._path.parent):
-            return self._kept.read(offset, count)
+            # No more than there is: a manifest from other hands may promise more than fits into memory.
+            return self._kept.read(offset, max(0, min(count, self._kept.size - offset)))
 
     def _missing(self, start: int, stop: int) -> list[tuple[int, int]]:
         with self._lock:
@@ -114,8 +115,13 @@ class CachedFile:
         for start, stop in _LINE.findall(whole):
             self._ranges.add(int(start), int(stop))
 
-    def _fetch(self, start: int, stop: int) -> None:
-        data = self._remote.read(start, stop - start, fresh=True).tobytes()
+    def _fetch(self, start: int, stop: int, *, fresh: bool) -> None:
+        data = self._remote.read(start, stop - start, fresh=True)
+        # What others kept meanwhile may be verified already: it is not read through again, so it is not written again.
+        for first, last in [(start, stop)] if fresh else self._missing(start, stop):
+            self._keep(first, data[first - start : last - start].tobytes())
+
+    def _keep(self, start: int, data: bytes) -> None:
         with _using(self._path.parent):
             _write_at(self._kept.descriptor, data, start)
             # Listed after it was written, so that a process that is killed in between only loses it. The line break in

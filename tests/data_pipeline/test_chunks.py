@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trine.configs.errors import UsageError
 from trine.data_pipeline.corpus.sources import InputFile, divide, iter_documents, list_files, read_piece
 from trine.data_pipeline.preparation.chunks import (
     LARGEST_CHUNK,
@@ -41,6 +44,22 @@ def test_documents_are_the_same_whatever_the_chunks(tmp_path: Path, chunk_bytes:
     whole = list(iter_documents([str(tmp_path)]))
     chunks = plan_chunks(list_files([str(tmp_path)]).files, chunk_bytes)
     assert [document for chunk in chunks for piece in chunk.pieces for document in read_piece(piece)] == whole
+
+
+def test_parquet_files_are_planned_in_their_places(tmp_path: Path) -> None:
+    for n in range(40):
+        if n % 3:
+            pq.write_table(pa.table({"text": [f"{n} {row}" for row in range(3)]}), tmp_path / f"{n:02d}.parquet")
+        else:
+            (tmp_path / f"{n:02d}.txt").write_text(f"{n}")
+    files = list_files([str(tmp_path)]).files
+    twice = [*files, *files]
+    pieces = [piece for chunk in plan_chunks(twice, 1000) for piece in chunk.pieces]
+    assert pieces == [piece for file in twice for piece in divide(file, 1000)]
+    for n in (22, 13):
+        (tmp_path / f"{n}.parquet").write_bytes(b"none")
+    with pytest.raises(UsageError, match=r"13\.parquet is damaged or not a Parquet file"):
+        plan_chunks(files, 1000)
 
 
 def test_default_sizes_have_bounds() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,29 @@ import numpy as np
 import pytest
 
 from trine.configs.errors import RunError, UsageError
-from trine.data_pipeline.shards.manifest import MANIFEST, UNFINISHED, dtype_name, load_manifest, token_dtype
+from trine.data_pipeline.shards.manifest import MANIFEST, UNFINISHED, Manifest, dtype_name, load_manifest, token_dtype
 from trine.data_pipeline.storage.folder import open_folder
 
 
 def test_fingerprint_is_that_of_the_file(prepared: Path) -> None:
     assert load_manifest(prepared).fingerprint == sha256((prepared / MANIFEST).read_bytes()).hexdigest()
+
+
+def test_the_fingerprint_is_computed_once_and_not_inherited(prepared: Path) -> None:
+    manifest = load_manifest(prepared)
+    assert manifest.fingerprint is manifest.fingerprint
+    changed = manifest.model_copy(update={"eos_id": manifest.eos_id + 1})
+    assert changed.fingerprint == sha256(changed.to_json()).hexdigest() != manifest.fingerprint
+    assert manifest == Manifest.model_validate_json(manifest.to_json())
+
+
+def test_a_folder_that_cannot_be_listed_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UsageError, match=rf"{tmp_path} holds no prepared data \(index\.json is missing\)"):
+        load_manifest(tmp_path)
 
 
 def test_absence_is_named(tmp_path: Path) -> None:
@@ -59,6 +78,9 @@ def test_another_format_is_named(prepared: Path, tmp_path: Path) -> None:
         ({"eos_id": "zero"}, "eos_id"),
         ({"splits": {"train": [{"name": "../../secret.tar"}]}}, r"splits\.train\.0\.name"),
         ({"tokenizer": "/etc/passwd"}, "tokenizer"),
+        ({"splits": {}}, "splits"),
+        ({"splits": {"train": []}}, r"splits\.train"),
+        ({"splits": {"train": [{"name": "train-00000-000.tar", "bytes": 1, "tokens": 1 << 62}]}}, r"splits\.train\.0\.tokens"),
         ({"surprise": 1}, "surprise"),
     ],
 )

@@ -10,7 +10,7 @@ from small_folder import write_folder
 
 from trine.configs.errors import UsageError
 from trine.configs.schema import Data, DataSource
-from trine.data_pipeline.opening import open_training, open_validation, read_manifests, source_names
+from trine.data_pipeline.opening import read_prepared, source_names
 from trine.data_pipeline.order import BlockOrder, SampleOrder
 from trine.data_pipeline.shards.manifest import load_manifest, write_manifest
 
@@ -39,25 +39,25 @@ def mixed(*places: str, **keys: object) -> Data:
 
 def test_training_sources_are_shuffled_as_the_run_says(write: Write) -> None:
     data = mixed(write("web", train=9), write("books", train=6, seed=1))
-    sources = open_training(data, LENGTH, 77)
+    sources = read_prepared(data).training(LENGTH, 77)
     assert [(s.name, s.weight, len(s.dataset)) for s in sources] == [("web", 1.0, 9), ("books", 2.0, 6)]
     for source in sources:
         expected = SampleOrder(len(source.dataset), 77).sample_ids(0, 40).tolist()
         assert source.order.sample_ids(0, 40).tolist() == expected
-    blocks = open_training(data.model_copy(update={"shuffle": "blocks"}), LENGTH, 77)
+    blocks = read_prepared(data.model_copy(update={"shuffle": "blocks"})).training(LENGTH, 77)
     assert all(isinstance(source.order, BlockOrder) for source in blocks)
 
 
 def test_one_folder_is_a_mixture_of_one(write: Write) -> None:
     data = Data(directory=write("web"))
-    assert [source.name for source in open_training(data, LENGTH, 0)] == ["web"]
-    assert [source.order.sample_ids(3, 4).tolist() for source in open_validation(data, LENGTH)] == [[3, 4, 0, 1]]
+    assert [source.name for source in read_prepared(data).training(LENGTH, 0)] == ["web"]
+    assert [source.order.sample_ids(3, 4).tolist() for source in read_prepared(data).validation(LENGTH)] == [[3, 4, 0, 1]]
 
 
 def test_validation_reads_the_sources_that_have_some(write: Write) -> None:
     """The second has no such split, and that of the third is shorter than a window."""
     places = [write("a"), write("b", validation=0, seed=1), write("c", validation=1, seed=2), write("d", seed=3)]
-    sources = open_validation(mixed(*places), 2 * LENGTH)
+    sources = read_prepared(mixed(*places)).validation(2 * LENGTH)
     assert [(s.name, s.weight, len(s.dataset)) for s in sources] == [("a", 1.0, 2), ("d", 4.0, 2)]
     assert sources[1].order.sample_ids(0, 5).tolist() == [0, 1, 0, 1, 0]
 
@@ -65,22 +65,22 @@ def test_validation_reads_the_sources_that_have_some(write: Write) -> None:
 def test_a_run_without_any_validation_is_told_so(write: Write) -> None:
     alone = write("a", validation=0)
     with pytest.raises(UsageError, match=r"a has no split validation"):
-        open_validation(Data(directory=alone), LENGTH)
+        read_prepared(Data(directory=alone)).validation(LENGTH)
     complaint = (
         r"^no source has a validation split with a window of train\.sequence_length=4: prepare one with a larger "
         r"--validation-fraction, or set evaluation\.interval=0$"
     )
     with pytest.raises(UsageError, match=complaint):
-        open_validation(mixed(alone, write("b", validation=0, seed=1)), LENGTH)
+        read_prepared(mixed(alone, write("b", validation=0, seed=1))).validation(LENGTH)
 
 
 def test_a_source_too_short_for_training_is_refused(write: Write) -> None:
     with pytest.raises(UsageError, match=r"sequence_length=40 is too long for the split train of .*/b"):
-        open_training(mixed(write("a", train=30), write("b", train=3, seed=1)), 40, 0)
+        read_prepared(mixed(write("a", train=30), write("b", train=3, seed=1))).training(40, 0)
 
 
 def test_manifests_come_in_the_order_of_the_sources(write: Write) -> None:
-    manifests = read_manifests(mixed(write("a", train=3), write("b", train=5)))
+    manifests = read_prepared(mixed(write("a", train=3), write("b", train=5))).manifests
     assert [manifest.tokens("train") for manifest in manifests] == [13, 21]
 
 
@@ -94,7 +94,7 @@ def test_sources_of_another_tokenizer_are_refused(write: Write) -> None:
         rf"something else: prepare it again with --tokenizer {one}/tokenizer\.json$"
     )
     with pytest.raises(UsageError, match=complaint):
-        read_manifests(mixed(one, other))
+        read_prepared(mixed(one, other))
 
 
 def test_the_same_data_under_two_names_are_refused(write: Write) -> None:
@@ -102,15 +102,15 @@ def test_the_same_data_under_two_names_are_refused(write: Write) -> None:
     with pytest.raises(
         UsageError, match=f"^{copy} holds the same data as {one}: give them once, with the sum of the weights$"
     ):
-        read_manifests(mixed(one, copy))
+        read_prepared(mixed(one, copy))
     # The same folder by two ways, which the configuration alone cannot tell.
     with pytest.raises(UsageError, match="holds the same data as"):
-        read_manifests(mixed(one, f"{one}/../a"))
+        read_prepared(mixed(one, f"{one}/../a"))
 
 
 def test_a_source_that_is_not_there_is_named(write: Write, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"{tmp_path}/nowhere is not there"):
-        read_manifests(mixed(write("a"), str(tmp_path / "nowhere")))
+        read_prepared(mixed(write("a"), str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(

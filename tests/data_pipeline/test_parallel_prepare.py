@@ -35,8 +35,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def processes(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+def processes(count: int, **arguments: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), **arguments)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -62,12 +62,12 @@ def test_what_a_process_raises_is_told_as_it_is(corpus: Path, prepared: Path, tm
 
 def test_a_full_disk_is_one_sentence(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with processes(2) as executor:
+    with (
         # The same error as a full disk: the limit of a file's size, which holds in the workers alone.
-        executor.submit(_limit_file_size, 3000).result()
-        executor.submit(_limit_file_size, 3000).result()
-        with pytest.raises(RunError, match=r"preparing .*out failed: .*File too large; what is finished is kept"):
-            run(corpus, output, executor, tokenizer=prepared / "tokenizer.json", train_tokenizer=None)
+        processes(2, initializer=_limit_file_size, initargs=(3000,)) as executor,
+        pytest.raises(RunError, match=r"preparing .*out failed: .*File too large; what is finished is kept"),
+    ):
+        run(corpus, output, executor, tokenizer=prepared / "tokenizer.json", train_tokenizer=None)
     assert not [name for name in contents(output) if name.endswith(".tmp")], "half files would fill the disk"
     run(corpus, output, None, tokenizer=prepared / "tokenizer.json", train_tokenizer=None)
     assert MANIFEST in contents(output)
@@ -78,7 +78,6 @@ def _limit_file_size(size: int) -> None:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    time.sleep(0.3)  # so that the other process takes the other limit
 
 
 def test_a_killed_process_is_one_sentence_and_loses_its_chunk_alone(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +21,7 @@ from trine.configs.errors import RunError, UsageError
 from trine.data_pipeline.corpus.sources import STANDARD_LIBRARY, iter_documents
 from trine.data_pipeline.corpus.tokenizer import load_tokenizer
 from trine.data_pipeline.dataset import TokenDataset
-from trine.data_pipeline.preparation.claim import exclusively
+from trine.data_pipeline.preparation.claim import INPUTS, LOCK, OWNER, exclusively, release
 from trine.data_pipeline.preparation.prepare import prepare
 from trine.data_pipeline.preparation.progress import Progress
 from trine.data_pipeline.preparation.splits import SPLITS, holdout_score, split_of
@@ -87,7 +90,7 @@ def test_manifest_describes_the_folder(corpus: Path, prepared: Path) -> None:
     assert manifest.request.source_files == 32
     names = [record.name for split in SPLITS for record in manifest.splits[split]]
     indexes = [name.replace(".tar", ".idx.npy") for name in names]
-    assert contents(prepared).keys() == {*names, *indexes, MANIFEST, "tokenizer.json"}
+    assert contents(prepared).keys() == {*names, *indexes, MANIFEST, INPUTS, "tokenizer.json"}
 
 
 def test_a_second_preparation_has_the_same_bytes(corpus: Path, prepared: Path, tmp_path: Path) -> None:
@@ -136,6 +139,32 @@ def test_other_inputs_and_another_tokenizer_need_another_folder(
     (grown / "late.txt").write_text("one more")
     with pytest.raises(UsageError, match="source_files is 32 there and 33 here"):
         run(grown, output)
+
+
+@pytest.mark.parametrize("name", ["01.txt", "deep/02.md", "more.jsonl"])
+def test_inputs_that_have_changed_since_need_another_folder(corpus: Path, tmp_path: Path, name: str) -> None:
+    inputs, output = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
+    manifest = run(inputs, output)
+    assert run(f"{inputs}//", output) == manifest
+    flip(inputs / name, 3)  # of the same size
+    with pytest.raises(UsageError) as error:
+        run(inputs, output)
+    assert str(error.value) == (
+        f"{output} was prepared from other input files, or they have changed since ({INPUTS} there tells, by names, "
+        "sizes and times of modification); choose another output folder, or delete this one to prepare anew"
+    )
+
+
+def test_times_of_inputs_do_not_enter_the_fingerprint(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    inputs = shutil.copytree(corpus, tmp_path / "corpus")
+    one = run(inputs, tmp_path / "one")
+    os.utime(inputs / "01.txt")
+    other = run(inputs, tmp_path / "other")
+    assert one.fingerprint == other.fingerprint
+    assert (tmp_path / "one" / INPUTS).read_bytes() != (tmp_path / "other" / INPUTS).read_bytes()
+    (tmp_path / "other" / INPUTS).unlink()
+    with pytest.raises(UsageError, match="was prepared from other input files"):
+        run(inputs, tmp_path / "other")
 
 
 def stopped_midway(inputs: Path, output: Path, chunks: int, **changes: Any) -> None:
@@ -253,6 +282,101 @@ def test_two_at_a_time_are_refused(corpus: Path, prepared: Path, tmp_path: Path)
     assert contents(tmp_path) == contents(prepared)
 
 
+def test_a_lock_on_a_file_that_is_no_longer_there_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the lock and locking it, the one who held it removes it; then another makes it anew."""
+    really, path, descriptors = fcntl.flock, tmp_path / LOCK, len(os.listdir("/proc/self/fd"))
+    moments = iter([path.unlink, lambda: (path.unlink(), path.touch())])
+
+    def flock(descriptor: int, operation: int) -> None:
+        next(moments, lambda: None)()
+        really(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with exclusively(tmp_path):
+        assert len(os.listdir("/proc/self/fd")) == descriptors + 1
+        with pytest.raises(UsageError, match="is being prepared by another process; wait"), exclusively(tmp_path):
+            pass
+    assert next(moments, None) is None
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre answers where it is mounted without them."""
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("without_locks")
+def test_two_at_a_time_are_refused_without_locks_too(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    with exclusively(tmp_path):
+        with pytest.raises(UsageError) as error:
+            run(corpus, tmp_path)
+        # What a kill leaves behind is named as well as the remedy, which works.
+        assert re.fullmatch(
+            rf"{tmp_path} is being prepared by process {os.getpid()} on \S+; wait for it or, if that has been killed, "
+            rf"delete {tmp_path / OWNER}, for this file system has no locks that end with their process",
+            str(error.value),
+        )
+        (tmp_path / OWNER).unlink()
+    run(corpus, tmp_path)
+    assert contents(tmp_path) == contents(prepared)
+
+
+@pytest.mark.parametrize("lost", ["train-00001-000.tar", "train-00001-000.idx.npy"])
+@pytest.mark.parametrize("how", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_manifest_names_no_shard_that_is_gone(
+    corpus: Path, prepared: Path, tmp_path: Path, lost: str, how: Callable[[Path], object]
+) -> None:
+    class Losing(Progress):
+        def finish(self) -> None:
+            how(tmp_path / lost)
+
+    with pytest.raises(RunError, match=rf"has lost {lost}, which this preparation had written, perhaps to another"):
+        run(corpus, tmp_path, progress=Losing())
+    assert MANIFEST not in contents(tmp_path)
+    run(corpus, tmp_path)
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_a_claim_is_given_up_last(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    stopped_midway(corpus, tmp_path, 2)
+    (tmp_path / "chunks" / "zz").mkdir()  # ends the removal midway, as a kill does
+    with pytest.raises(OSError, match="zz"):
+        release(tmp_path)
+    assert UNFINISHED in contents(tmp_path)
+    (tmp_path / "chunks" / "zz").rmdir()
+    run(corpus, tmp_path)
+    assert contents(tmp_path) == contents(prepared)
+
+
+def test_a_tokenizer_that_a_worker_sees_otherwise_is_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    class Exchanging(Progress):
+        def begin(self, total_bytes: int) -> None:
+            text = (tmp_path / "tokenizer.json").read_text()
+            (tmp_path / "tokenizer.json").write_text(text + " ")
+
+    expected = load_manifest(prepared).tokenizer_sha256
+    with pytest.raises(RunError, match=rf"tokenizer\.json has the SHA-256 \w{{64}} for .* not {expected} as when"):
+        run(corpus, tmp_path, progress=Exchanging())
+    assert MANIFEST not in contents(tmp_path)
+
+
+def test_bpe_dropout_is_left_out(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    random = load_tokenizer(prepared / "tokenizer.json")
+    random.model.dropout = 0.2
+    random.save(str(tmp_path / "random.json"))
+    given = {"tokenizer": tmp_path / "random.json", "train_tokenizer": None}
+    manifest = run(corpus, tmp_path / "out", **given)
+    assert '"dropout": 0.2' in (tmp_path / "out" / "tokenizer.json").read_text()
+    assert manifest.splits == load_manifest(prepared).splits
+
+
 def test_an_input_that_changes_meanwhile_is_noticed(corpus: Path, tmp_path: Path) -> None:
     inputs, output = shutil.copytree(corpus, tmp_path / "corpus"), tmp_path / "out"
 
@@ -271,9 +395,7 @@ def test_files_of_other_kinds_are_mentioned_once(corpus: Path, tmp_path: Path) -
         (inputs / name).touch()
     heard = Heard()
     run(inputs, tmp_path / "out", progress=heard)
-    assert [sentence for sentence in heard.said if "left out" in sentence] == [
-        "left out 2 .png, 1 .zip: files of other kinds"
-    ]
+    assert [sentence for sentence in heard.said if "left out" in sentence] == ["left out 2 .png, 1 .zip"]
 
 
 def test_other_peoples_files_are_left_alone(corpus: Path, tmp_path: Path) -> None:
@@ -325,7 +447,7 @@ def test_a_corpus_that_cannot_be_split_is_named(tmp_path: Path) -> None:
 
 def test_empty_inputs_are_named(tmp_path: Path, prepared: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(UsageError, match="no document to train on: they are empty"):
+    with pytest.raises(UsageError, match="the inputs hold no document, only empty files"):
         run(tmp_path / "empty.txt", tmp_path / "out")
     with pytest.raises(UsageError, match="the inputs hold no document, only empty files"):
         prepare([str(tmp_path / "empty.txt")], tmp_path / "out", tokenizer=prepared / "tokenizer.json")
@@ -340,6 +462,7 @@ def test_empty_inputs_are_named(tmp_path: Path, prepared: Path) -> None:
         ({"validation_fraction": 1.0}, "--validation-fraction 1.0 is not a fraction"),
         ({"validation_fraction": float("nan")}, "--validation-fraction nan is not a fraction"),
         ({"shard_tokens": 0}, "shard_tokens=0 leaves shards empty"),
+        ({"text_field": "caf\udce9"}, r"--text-field 'caf\\udce9' is not UTF-8"),
         ({"chunk_bytes": 0}, "chunk_bytes=0 leaves chunks empty"),
         ({"tokenizer": Path("t.json"), "train_tokenizer": None}, "tokenizer t.json cannot be read"),
     ],
@@ -350,6 +473,12 @@ def test_a_wrong_request_touches_nothing(
     with pytest.raises(UsageError, match=complaint):
         run(corpus, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_no_configuration_could_name_is_refused(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"caf\\udce9' has a name that is not UTF-8, as configurations are; choose"):
+        run(corpus, tmp_path / os.fsdecode(b"caf\xe9"))
+    assert contents(tmp_path) == {}
 
 
 def test_a_disk_that_fails_is_a_failure_and_not_wrong_use(corpus: Path) -> None:
@@ -404,3 +533,23 @@ def test_inputs_are_kept_as_they_were_given(tmp_path: Path, monkeypatch: pytest.
     assert manifest.request.sources == ("./stdlib",)
     assert manifest.documents("train") == 1
     assert run("./stdlib", tmp_path / "out", validation_fraction=0.0) == manifest
+    with pytest.raises(UsageError, match="sources is .* there and .*'stdlib/'"):
+        run("stdlib/", tmp_path / "out", validation_fraction=0.0)
+
+
+def test_a_split_that_would_be_empty_is_told_before_any_work(tmp_path: Path, prepared: Path) -> None:
+    (tmp_path / "one.txt").write_text("a document of its own")
+    progress = Spoken()
+    with pytest.raises(UsageError, match="holds out no document of 1"):
+        prepare([str(tmp_path / "one.txt")], tmp_path / "out", tokenizer=prepared / "tokenizer.json", progress=progress)
+    assert progress.advanced == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == []
+
+
+class Spoken(Progress):
+    """Counts the chunks that were done."""
+
+    advanced = 0
+
+    def advance(self, input_bytes: int, documents: int, tokens: int, *, kept: bool) -> None:
+        self.advanced += 1

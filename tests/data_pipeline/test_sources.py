@@ -84,6 +84,32 @@ def test_files_of_a_folder_that_are_left_out_are_counted_by_suffix(tmp_path: Pat
     assert describe_skipped(skipped) == "1 (no suffix), 1 .gz, 1 .json.gz, 1 .parquet.gz, 2 .png, 2 .txt"
 
 
+def test_linked_folders_are_walked_once_each(tmp_path: Path) -> None:
+    lake, elsewhere = tmp_path / "lake", tmp_path / "elsewhere"
+    for path in (lake / "v1" / "1.txt", lake / "v2" / "2.txt", elsewhere / "deep" / "3.txt"):
+        path.parent.mkdir(parents=True)
+        path.write_text(path.stem)
+    (lake / "b").symlink_to(elsewhere)
+    (lake / "latest").symlink_to("v2")  # the same documents by another name
+    (lake / "v1" / "all").symlink_to(lake)  # loops
+    (elsewhere / "deep" / "up").symlink_to("..")
+    (lake / "v1" / "itself.txt").symlink_to("itself.txt")
+    (lake / ".hidden").symlink_to(elsewhere)
+    listing = list_files([str(lake)])
+    assert [os.path.relpath(file.path, lake) for file in listing.files] == ["b/deep/3.txt", "latest/2.txt", "v1/1.txt"]
+    assert describe_skipped(listing.skipped) == "3 (folder that links lead to again), 1 .txt"
+    assert texts(lake / "latest", lake / "b") == ["2", "3"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / f"{name}.txt").write_text("read")
+    with pytest.raises(UsageError, match=r"caf\\udce9' has a name that is not UTF-8, .*: rename it, or give the"):
+        texts(tmp_path / name)
+    assert texts(tmp_path) == ["read"]
+
+
 def test_listing_opens_no_file(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.jsonl.zst", "c.txt.gz"):
         (tmp_path / name).write_bytes(b"not what it is named")
@@ -101,7 +127,9 @@ def test_text_file_is_one_document_with_its_line_ends_and_without_byte_order_mar
 def test_inputs_follow_one_another(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name)
-    assert texts(tmp_path / "b.txt", tmp_path, tmp_path / "b.txt") == ["b", "a", "b", "b"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "c.txt").write_text("c")
+    assert texts(tmp_path / "b.txt", tmp_path / "c", tmp_path / "a.txt") == ["b", "c", "a"]
 
 
 def test_standard_library_is_a_corpus_of_its_own() -> None:
@@ -231,3 +259,13 @@ def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
         os.remove(file.path)
         with pytest.raises(RunError, match=rf"input {file.path} cannot be read \(No such file or directory\)"):
             list(read_piece(piece))
+
+
+def test_a_file_that_two_inputs_hold_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("once")
+    with pytest.raises(UsageError, match=r"input .*a\.txt and input .* both hold .*a\.txt: give it once"):
+        list_files([str(tmp_path), str(tmp_path / "a.txt")])
+    (tmp_path / "sub").mkdir()
+    for again in (tmp_path / "a.txt", tmp_path / "sub" / ".." / "a.txt"):
+        with pytest.raises(UsageError, match="give it once"):
+            list_files([str(tmp_path / "a.txt"), str(again)])

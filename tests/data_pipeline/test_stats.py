@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 from small_folder import LENGTHS, write_folder
 
 from trine.configs.errors import RunError, UsageError
+from trine.data_pipeline.shards.manifest import write_manifest
+from trine.data_pipeline.shards.member_index import Member, dump_index, index_name
 from trine.data_pipeline.shards.stats import LengthCounts, join_pieces, read_stats
 
 
@@ -89,8 +93,29 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     shard.write_bytes(data)
     with pytest.raises(RunError, match=f"shard {shard} is damaged at byte 3584"):
         read_stats(tmp_path)
+    shard.write_bytes(data[:4096])
+    with pytest.raises(RunError, match=f"shard {shard} has 4096 bytes and the manifest says 10240"):
+        read_stats(tmp_path)
     shard.unlink()
     with pytest.raises(RunError, match=f"shard {shard} cannot be read"):
+        read_stats(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "complaint"), [([], "row 0 cannot be that of a member"), ([0], "damaged at byte 1536"), ([2, 0, 1], "at byte 1")]
+)
+def test_what_is_wrong_under_its_checksum_is_refused(tmp_path: Path, lengths: list[int], complaint: str) -> None:
+    manifest = write_folder(tmp_path, {"train": [[3]]})
+    (record,) = manifest.splits["train"]
+    pieces = np.array(lengths, "<u4").tobytes()
+    shard = tmp_path / record.name
+    data = shard.read_bytes()
+    shard.write_bytes(data[:1536] + pieces + data[1536 + len(pieces) :])
+    index = dump_index([Member(512, 3, 0, 1536, len(lengths), crc32(pieces), 0)])
+    (tmp_path / index_name(record.name)).write_bytes(index)
+    changed = record.model_copy(update={"index_sha256": sha256(index).hexdigest()})
+    write_manifest(tmp_path, manifest.model_copy(update={"splits": {"train": (changed,)}}))
+    with pytest.raises(RunError, match=complaint):
         read_stats(tmp_path)
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import os
 import re
 import resource
 import shutil
+import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from trine.configs.errors import RunError, UsageError
 from trine.data_pipeline.dataset import TokenDataset
@@ -26,13 +32,17 @@ from trine.data_pipeline.shards.manifest import MANIFEST, UNFINISHED, load_manif
 from trine.data_pipeline.shards.member_index import Member, parse_index
 from trine.data_pipeline.shards.open_shards import OPEN_SHARDS
 from trine.data_pipeline.shards.reader import Damage
-from trine.data_pipeline.storage import remote_folder
+from trine.data_pipeline.storage import http_store, patience
 from trine.data_pipeline.storage.folder import open_folder
-from trine.data_pipeline.storage.shard_cache import RANGES_SUFFIX, Ranges, default_cache
+from trine.data_pipeline.storage.shard_cache import RANGES_SUFFIX, CachedFile, Ranges, default_cache
 
 SPLIT = "validation"
 """8 shards of one member. Those of the other split have up to two."""
 LENGTH = 50
+
+
+Lie = Callable[[bytes, str], tuple[bytes, str]]
+"""From the bytes and the Content-Range of an answer to those that are sent."""
 
 
 class WebServer(ThreadingHTTPServer):
@@ -45,9 +55,24 @@ class WebServer(ThreadingHTTPServer):
         self.ranges = True
         self.failures: list[int] = []
         """Statuses with which the next requests are answered."""
+        self.lies: list[Lie] = []
+        """What becomes of the next answers to range requests."""
+        self.lengths = True
+        """Whether it says how long files are."""
+        self.elsewhere = ""
+        """Folder to which every request is redirected."""
+        self.authorizations: set[str | None] = set()
         self.log: list[tuple[str, str, int]] = []
         """Method, file, and bytes sent of it."""
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.serve_forever, args=(0.02,))
+        thread.start()
+        yield
+        self.shutdown()
+        thread.join()
 
     @property
     def url(self) -> str:
@@ -70,9 +95,12 @@ class Handler(SimpleHTTPRequestHandler):
         self.respond("HEAD")
 
     def respond(self, method: str) -> None:
+        self.server.authorizations.add(self.headers.get("Authorization"))
         path = Path(self.translate_path(self.path))
         if self.server.failures:
             self.answer(self.server.failures.pop(0), b"")
+        elif self.server.elsewhere:
+            self.answer(302, b"", location=f"{self.server.elsewhere}/{path.name}")
         elif not path.is_file():
             self.answer(404, b"")
         else:
@@ -83,12 +111,19 @@ class Handler(SimpleHTTPRequestHandler):
             elif int(wanted[1]) >= len(data):
                 self.answer(416, b"")
             else:
-                self.answer(206, data[int(wanted[1]) : int(wanted[2]) + 1], method)
+                part = data[int(wanted[1]) : int(wanted[2]) + 1]
+                content_range = f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{len(data)}"
+                if self.server.lies:
+                    part, content_range = self.server.lies.pop(0)(part, content_range)
+                self.answer(206, part, method, content_range=content_range)
 
-    def answer(self, status: int, data: bytes, method: str = "GET") -> None:
+    def answer(self, status: int, data: bytes, method: str = "GET", **headers: str) -> None:
         self.server.log.append((method, self.path.rsplit("/", 1)[-1], len(data)))
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        if method == "GET" or self.server.lengths:
+            self.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if method == "GET":
             self.wfile.write(data)
@@ -105,19 +140,15 @@ def cache(tmp_path: Path) -> Path:
 @pytest.fixture
 def web(prepared: Path, tmp_path: Path) -> Iterator[WebServer]:
     """A server of a copy of the prepared corpus, which a test may damage."""
-    with WebServer(shutil.copytree(prepared, tmp_path / "served")) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
+    with WebServer(shutil.copytree(prepared, tmp_path / "served")) as server, server.running():
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter pauses between attempts, and no proxy for loopback."""
-    monkeypatch.setattr(remote_folder, "_PAUSES", (0.01, 0.01))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(patience, "PAUSES", (0.01, 0.01))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
 
 
 def assert_equal(found: TokenDataset, expected: TokenDataset) -> None:
@@ -135,6 +166,15 @@ def members_of(shard: Path) -> list[Member]:
     return [Member(*row.tolist()) for row in parse_index(shard.with_suffix(".idx.npy").read_bytes())]
 
 
+def shard_of_two_members(folder: Path) -> tuple[Path, int]:
+    """The shard of the training split with two members of which the first is the largest, and its first token."""
+    records = load_manifest(folder).splits["train"]
+    sizes = [[member.tokens for member in members_of(folder / record.name)] for record in records]
+    number = max(range(len(records)), key=lambda n: sizes[n][0] if len(sizes[n]) == 2 else 0)
+    assert sizes[number][0] > 3 * LENGTH
+    return folder / records[number].name, sum(record.tokens for record in records[:number])
+
+
 def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
@@ -149,22 +189,96 @@ def test_a_web_server_gives_the_local_samples_and_every_byte_once(web: WebServer
     assert sum(web.sent(".tar")) <= sum(record.bytes for record in records)
     assert len(web.sent(".tar")) <= sum(len(members_of(web.folder / record.name)) for record in records)
     assert len(web.sent(".idx.npy")) == len(records)
-    assert dataset.describe(0)[0].startswith(f"{web.url}/{records[0].name} tokens [0, {LENGTH + 1})")
 
 
 def test_one_sample_takes_the_members_that_it_touches_in_one_request(web: WebServer, cache: Path) -> None:
-    shard = max(web.folder.glob("train-*.tar"), key=lambda path: len(members_of(path)))
-    members = members_of(shard)
-    assert len(members) >= 2
     dataset = TokenDataset(web.url, "train", LENGTH, cache=cache)
-    (g,) = [
-        g
-        for g in range(len(dataset))
-        if (found := re.fullmatch(rf".*/{shard.name} tokens \[(\d+), (\d+)\)", dataset.describe(g)[0]))
-        and int(found[1]) < members[0].tokens < int(found[2])
-    ]
+    shard, start = shard_of_two_members(web.folder)
+    first, second = members_of(shard)
+    g = (start + first.tokens) // LENGTH
+    assert start < g * LENGTH < start + first.tokens <= (g + 1) * LENGTH
     dataset[g]
-    assert web.sent(shard.name) == [members[1].end - members[0].offset]
+    assert web.sent(shard.name) == [second.end - first.offset]
+
+
+def adding(data: bytes, content_range: str) -> tuple[bytes, str]:
+    return data + b"more", content_range
+
+
+LIES: dict[str, tuple[Lie, str]] = {
+    "more than was asked for": (adding, r"the server sent more than the \d+ bytes that were to come"),
+    "less than is announced": (lambda data, said: (data[:-1], said), r"the server sent \d+ bytes and announced \d+"),
+    "another part": (
+        lambda data, said: (data, said.replace("bytes ", "bytes 1")),
+        r"the server was asked for bytes \d+-\d+ and sent 'bytes 1\d+-\d+/\d+'",
+    ),
+    "a longer part": (
+        lambda data, said: (data + b"more", re.sub(r"-(\d+)", lambda last: f"-{int(last[1]) + 4}", said)),
+        r"the server was asked for bytes \d+-\d+ and sent 'bytes ",
+    ),
+    "less than the file has": (
+        lambda data, said: (data[:-1], re.sub(r"-(\d+)", lambda last: f"-{int(last[1]) - 1}", said)),
+        r"the server was asked for bytes \d+-\d+ and sent 'bytes ",
+    ),
+    "no part": (lambda data, said: (data, ""), r"the server was asked for bytes \d+-\d+ and sent ''"),
+    "an empty part": (lambda data, said: (b"", "bytes 512-511/*"), r"the server was asked for bytes \d+-\d+ and sent 'bytes 512-511/\*'"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_an_answer_that_is_not_what_was_asked_for_is_no_answer(web: WebServer, cache: Path, name: str) -> None:
+    lie, complaint = LIES[name]
+    dataset = TokenDataset(web.url, SPLIT, LENGTH, cache=cache)
+    web.lies = [lie] * 3
+    with pytest.raises(RunError, match=rf"{web.url}/validation-.*\.tar cannot be read \({complaint}.*, 3 att") as error:
+        dataset[0]
+    assert not isinstance(error.value, Damage)
+    web.lies = [lie] * 2
+    np.testing.assert_array_equal(dataset[0].tokens, TokenDataset(web.folder, SPLIT, LENGTH)[0].tokens)
+
+
+def test_an_over_long_answer_leaves_alone_what_was_verified(web: WebServer, cache: Path) -> None:
+    dataset = TokenDataset(web.url, "train", LENGTH, cache=cache)
+    shard, start = shard_of_two_members(web.folder)
+    before, behind = start // LENGTH + 1, (start + members_of(shard)[0].tokens) // LENGTH + 1
+    expected = dataset[behind].tokens
+    # As much as the answer was to have, and more than lies between the members.
+    web.lies = [lambda data, said: (data + b"\1" * 3000, said)] * 3
+    with pytest.raises(RunError, match="the server sent more than"):
+        dataset[before]
+    np.testing.assert_array_equal(dataset[behind].tokens, expected)
+
+
+class Overtaken:
+    """A source whose bytes are wrong, and arrive after another process has kept the right ones."""
+
+    def __init__(self, other: CachedFile) -> None:
+        self.size, self.other = other.size, other
+
+    def read(self, offset: int, count: int, *, fresh: bool = False) -> NDArray[np.uint8]:
+        self.other.read(offset + 1, count - 2)
+        return np.full(count, 7, np.uint8)
+
+
+def test_what_was_kept_meanwhile_is_not_written_again(tmp_path: Path) -> None:
+    (tmp_path / "right").write_bytes(b"abcdefgh")
+    right = open_folder(tmp_path).open("right", 8)
+    slow = CachedFile(Overtaken(CachedFile(right, tmp_path / "kept")), tmp_path / "kept")
+    assert slow.read(2, 4).tobytes() == b"\7de\7"
+    assert slow.read(2, 4, fresh=True).tobytes() == b"\7\7\7\7"
+    assert CachedFile(right, tmp_path / "kept").read(0, 1 << 60).tobytes() == b"ab\7\7\7\7gh"
+
+
+def test_a_file_without_end_does_not_fill_the_memory(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_store, "_LARGEST_WHOLE", 100)
+    with pytest.raises(RunError, match=rf"{web.url}/index\.json cannot be read \(the server sent more than the 100 bytes"):
+        load_manifest(web.url)
+
+
+def test_another_success_is_none(web: WebServer) -> None:
+    web.failures = [204] * 3
+    with pytest.raises(RunError, match="the server answered with HTTP status 204 instead of 200, 3 attempts"):
+        load_manifest(web.url)
 
 
 def test_a_second_dataset_reads_the_cache_alone(web: WebServer, cache: Path) -> None:
@@ -221,7 +335,7 @@ def test_what_another_process_fetched_meanwhile_is_not_fetched(web: WebServer, c
     assert len(web.sent(".tar")) == sent
 
 
-@pytest.mark.parametrize("damage", ["payload", "index", "cut", "torn list", "false list"])
+@pytest.mark.parametrize("damage", ["payload", "index", "cut", "torn list", "false list", "absurd list"])
 def test_a_damaged_cache_is_healed(web: WebServer, cache: Path, damage: str) -> None:
     local = TokenDataset(web.folder, SPLIT, LENGTH)
     kept = cache / local.fingerprint / first_shard(web.folder).name
@@ -238,6 +352,8 @@ def test_a_damaged_cache_is_healed(web: WebServer, cache: Path, damage: str) -> 
         os.truncate(kept, 1000)
     elif damage == "torn list":
         kept.with_name(kept.name + RANGES_SUFFIX).write_bytes(b"51")
+    elif damage == "absurd list":
+        kept.with_name(kept.name + RANGES_SUFFIX).write_bytes(b"0 " + b"1" * 5000 + b"\n")
     assert_equal(TokenDataset(web.url, SPLIT, LENGTH, cache=cache), local)
     web.log.clear()
     assert_equal(TokenDataset(web.url, SPLIT, LENGTH, cache=cache), local)
@@ -284,6 +400,93 @@ def test_files_are_checked_by_their_heads(web: WebServer, cache: Path) -> None:
     os.truncate(shard, 512)
     with pytest.raises(RunError, match=rf"{web.url}/{shard.name} has 512 bytes and the manifest says \d+ \(1 of the "):
         dataset.check_files()
+
+
+def test_of_many_heads_the_one_that_fails_is_repeated(web: WebServer, cache: Path) -> None:
+    dataset = TokenDataset(web.url, SPLIT, LENGTH, cache=cache)
+    web.failures = [503, 500]
+    web.log.clear()
+    dataset.check_files()
+    assert len(web.log) == 2 * len(dataset.manifest.splits[SPLIT]) + 2
+    web.failures = [500] * 1000
+    with pytest.raises(RunError, match=rf"{web.url}/validation-.* cannot be read \(500.*3 attempts\); check the net"):
+        dataset.check_files()
+
+
+def test_a_server_that_does_not_say_how_long_files_are_is_refused(web: WebServer, cache: Path) -> None:
+    dataset = TokenDataset(web.url, SPLIT, LENGTH, cache=cache)
+    web.lengths = False
+    with pytest.raises(UsageError, match=rf"the server of {web.url}/.* does not say how long files are \(no Content-Le"):
+        dataset.check_files()
+
+
+def test_a_redirection_is_followed_without_the_password(
+    web: WebServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with WebServer(tmp_path) as front, front.running():
+        front.elsewhere = f"http://localhost:{web.server_port}"
+        dataset = TokenDataset(front.url, SPLIT, LENGTH, cache=cache)
+        dataset.check_files()
+        np.testing.assert_array_equal(dataset[0].tokens, TokenDataset(web.folder, SPLIT, LENGTH)[0].tokens)
+        assert None not in front.authorizations
+        assert web.authorizations == {None}
+        front.elsewhere = "ftp://user:secret@localhost"
+        with pytest.raises(UsageError, match=rf"{front.url}/index.json is redirected to ftp://localhost, which is not as"):
+            load_manifest(front.url)
+
+
+def test_a_redirection_from_https_to_http_is_refused(web: WebServer, tmp_path: Path) -> None:
+    certificate = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with WebServer(web.folder) as front:
+        front.socket = context.wrap_socket(front.socket, server_side=True)
+        with front.running():
+            url = front.url.replace("http:", "https:")
+            assert load_elsewhere(url, certificate) == load_manifest(web.folder).fingerprint
+            front.elsewhere = web.url
+            assert f"{url}/index.json is redirected to http://127.0.0.1, which is not as safe as https" in load_elsewhere(
+                url, certificate
+            )
+    assert web.log == []
+
+
+def load_elsewhere(url: str, certificate: Path) -> str:
+    """What loading a manifest gives in a process that trusts ``certificate``: its fingerprint, or the error."""
+    script = (
+        "import sys; from trine.data_pipeline.shards.manifest import load_manifest\n"
+        "try: print(load_manifest(sys.argv[1]).fingerprint)\n"
+        "except Exception as error: print(error)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "SSL_CERT_FILE": str(certificate)}
+    command = [sys.executable, "-c", script, url]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def make_certificate(folder: Path) -> Path:
+    """A self-signed certificate of 127.0.0.1, with its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    path = folder / "certificate.pem"
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    path.write_bytes(private + certificate.public_bytes(serialization.Encoding.PEM))
+    return path
 
 
 def test_a_passing_failure_is_overcome(web: WebServer, cache: Path) -> None:
@@ -399,6 +602,22 @@ def bucket(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         client.upload_file(str(path), "corpora", f"small/{path.name}")
     yield "s3://corpora/small"
     server.stop()
+
+
+def test_an_s3_store_that_sends_more_is_not_believed(
+    bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    read = s3fs.S3FileSystem._cat_file
+
+    async def read_more(files: Any, url: str, start: int | None = None, end: int | None = None) -> bytes:
+        return bytes(await read(files, url, start=start, end=end)) + b"more" * (start is not None)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", read_more)
+    dataset = TokenDataset(bucket, SPLIT, LENGTH, cache=cache)
+    with pytest.raises(RunError, match=rf"{bucket}/validation-.* cannot be read \(.*asked for \d+ bytes and sent \d+, 3"):
+        dataset[0]
 
 
 def test_an_s3_store_gives_the_local_samples(bucket: str, prepared: Path, cache: Path) -> None:

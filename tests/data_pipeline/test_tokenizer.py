@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from trine.configs.errors import UsageError
 from trine.data_pipeline.corpus import encoding, segments
@@ -147,6 +148,58 @@ def test_tokenizers_that_cut_at_words_or_not_are_encoded_as_in_one(
     monkeypatch.setattr(encoding, "SEGMENT_CHARACTERS", size)
     monkeypatch.setattr(segments, "SEGMENT_CHARACTERS", size)
     assert encode(tokenizer, *texts) == whole
+
+
+@pytest.mark.parametrize(
+    ("token", "cuts"),
+    [
+        (AddedToken("cat sat on"), False),
+        (AddedToken("t\u00a0sat", normalized=True), False),
+        (AddedToken("cat", rstrip=True), False),
+        (AddedToken(" sat", single_word=True), False),
+        (AddedToken("cat", lstrip=True), True),
+        (AddedToken(" sat"), True),
+        (AddedToken("  "), True),
+        (AddedToken("cat sat on", special=True), True),
+    ],
+)
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFKC()])
+def test_added_tokens_are_the_same_wherever_a_text_is_cut(
+    token: AddedToken, cuts: bool, normalizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_byte_level_bpe(TEXTS, 280)
+    tokenizer.normalizer = normalizer
+    tokenizer.add_tokens([token])
+    encoder = TokenizersEncoder(tokenizer)
+    assert encoder.splits_text == cuts
+    text = "the cat sat on the  mat, xcat  sat on " * 3
+    (whole,) = encode(tokenizer, text)
+    for size in range(1, 40):
+        monkeypatch.setattr(encoding, "SEGMENT_CHARACTERS", size)
+        monkeypatch.setattr(segments, "SEGMENT_CHARACTERS", size)
+        assert encode(tokenizer, text) == [whole]
+
+
+def test_bpe_dropout_of_a_file_is_undone(tmp_path: Path) -> None:
+    tokenizer = train_byte_level_bpe(TEXTS, 280)
+    whole = encode(tokenizer, *TEXTS)
+    tokenizer.model.dropout = 0.5
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert all(encode(load_tokenizer(tmp_path / "tokenizer.json"), *TEXTS) == whole for _ in range(5))
+
+
+def test_a_long_document_is_held_as_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "SEGMENT_CHARACTERS", 10_000)
+    monkeypatch.setattr(segments, "SEGMENT_CHARACTERS", 10_000)
+    encoder = TokenizersEncoder(train_byte_level_bpe([], 257))
+    document = Document("ab " * 300_000, "made")
+    tracemalloc.start()
+    ((_, ids),) = encode_documents(encoder, [document], UINT16)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The text once more in its pieces, the ids in pieces and in one; a list alone would need 8 bytes for each.
+    assert ids.size == 900_001
+    assert peak < 900_000 * (1 + 2 + 2) * 1.3
 
 
 def test_a_tokenizer_that_finds_the_end_of_a_document_in_texts_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -406,17 +407,27 @@ def test_contents_that_preparation_never_writes(
 
 
 def test_an_index_under_its_checksum_that_is_none(folder: Path) -> None:
-    rows = parse_index((folder / INDEX).read_bytes())
+    rows = parse_index((folder / INDEX).read_bytes()).copy()
     rows[1, 0] += 512
     for data, sentence in (
         (dump_index([Member(*row) for row in rows.tolist()]), "its row 1 cannot be that of a member"),
         (b"nothing", "it is not the index of a shard"),
+        (dump_index([Member(512, 1 << 40, 0, 1536 + (2 << 40), 1, 0, 0)]), "its row 0 cannot be that of a member"),
     ):
         (folder / INDEX).write_bytes(data)
         edit("index_sha256", sha256(data).hexdigest())(folder)
         (problem,) = verify(folder)
         assert problem.file == INDEX
         assert problem.sentence.startswith(sentence)
+
+
+def test_a_tar_that_claims_more_than_it_holds_is_not_believed(folder: Path) -> None:
+    header = tarfile.TarInfo("00000-000000.tok")
+    header.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 50)}
+    with tarfile.open(folder / SHARD, "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(header)
+    remove(INDEX)(folder)
+    assert [problem.file for problem in verify(folder)] == [INDEX, SHARD]
 
 
 def test_every_byte_matters(tmp_path: Path) -> None:

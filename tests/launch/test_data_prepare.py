@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,12 @@ OPTIONS = ["--train-tokenizer", "300", "--validation-fraction", "0.1", "--chunk-
 def library() -> list[str]:
     """A megabyte of text: two packages of the standard library."""
     return [str(Path(sysconfig.get_path("stdlib"), name)) for name in ("asyncio", "email")]
+
+
+@pytest.fixture(scope="module")
+def long(library: list[str]) -> list[str]:
+    """So much that no command is done with it before a busy machine lets the test come to its point."""
+    return library * 20
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +120,8 @@ def test_workers_write_what_one_process_writes(
     assert told.returncode == 0, told.stderr
     assert hashes(tmp_path / "out") == expected
     lines = told.stderr.splitlines()
-    assert lines[0].startswith("trine: training a vocabulary of 300 tokens on ")
+    assert re.fullmatch(rf"trine: preparing \d+ files of \d\.\d MB in \d+ chunks, with {workers} processes", lines[0])
+    assert lines[1].startswith("trine: training a vocabulary of 300 tokens on ")
     assert lines[-1].startswith("trine: tokenised ")
     assert lines[-1].endswith(" tokens/s)")
     assert told.stdout.startswith(f"{tmp_path / 'out'}: ")
@@ -175,9 +183,9 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def test_workers_do_not_outlive_the_command(
-    library: list[str], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
+    long: list[str], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
 ) -> None:
-    process = start(command(library, tmp_path / "out", "--workers", "2"))
+    process = start(command(long, tmp_path / "out", "--workers", "2"))
     wait_for_chunks(process, tmp_path / "out", 2)
     children = psutil.Process(process.pid).children(recursive=True)
     assert sum("spawn_main" in " ".join(child.cmdline()) for child in children) == 2
@@ -206,9 +214,9 @@ def test_a_killed_worker_is_one_sentence_and_the_same_command_continues(
 
 
 def test_ctrl_c_ends_it_with_one_word(
-    library: list[str], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
+    long: list[str], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
 ) -> None:
-    process = start(command(library, tmp_path / "out", "--workers", "2"))
+    process = start(command(long, tmp_path / "out", "--workers", "2"))
     wait_for_chunks(process, tmp_path / "out", 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
     _, told = process.communicate(timeout=DEADLINE_S)
@@ -217,13 +225,40 @@ def test_ctrl_c_ends_it_with_one_word(
     assert "Traceback" not in told
 
 
+def test_an_end_of_the_workers_is_no_accident_however_late_the_executor_hears_of_it() -> None:
+    # Slow in asking the executor to end, as on a busy machine, while tasks wait.
+    program = """
+import time
+from concurrent.futures import ProcessPoolExecutor
+from trine.data_pipeline.preparation.fan_out import completed
+from trine.launch.executors import run_with_workers
+
+def work(executor, processes):
+    for _ in completed(executor, time.sleep, [(0,), *[(60,)] * 10]):
+        raise ZeroDivisionError
+
+def slow(executor, wait=True, shutdown=ProcessPoolExecutor.shutdown, **options):
+    time.sleep(0.5)
+    shutdown(executor, wait, **options)
+
+if __name__ == "__main__":
+    ProcessPoolExecutor.shutdown = slow
+    try:
+        run_with_workers(work, 2)
+    except ZeroDivisionError:
+        print("as it was raised")
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (told.stdout, told.stderr) == ("as it was raised\n", "")
+
+
 def test_a_second_command_on_the_same_folder_is_refused(
-    library: list[str], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
+    long: list[str], tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
 ) -> None:
-    process = start(command(library, tmp_path / "out", "--workers", "2"))
+    process = start(command(long, tmp_path / "out", "--workers", "2"))
     wait_for_chunks(process, tmp_path / "out", 1)
     os.killpg(process.pid, signal.SIGSTOP)
-    refused = prepare(library, tmp_path / "out", "--workers", "1")
+    refused = prepare(long, tmp_path / "out", "--workers", "1")
     os.killpg(process.pid, signal.SIGCONT)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"trine: {tmp_path / 'out'} is being prepared by another process; wait for it")

@@ -13,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import config_of
 
+from trine.configs.errors import UsageError
 from trine.configs.schema import Config
 from trine.data_pipeline.shards.manifest import load_manifest
 from trine.launch.pool import RankPool
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.timeout(240)
 STACK = [
     {"mixer": "gated_retention", "layers": 1, "heads": 4},
     {"shared_kv": {"kv_heads": 2, "head_dim": 8}},
-    {"mixer": "cross_attention", "layers": 2, "heads": 4},
+    {"mixer": "cross_attention", "layers": 3, "heads": 4},
 ]
 LENGTH = 32
 
@@ -123,13 +124,11 @@ def test_another_batch_size_keeps_the_order(start: Runner) -> None:
         (2, {"pipeline": 2}),
         (2, {"context": 2}),
         (4, {"tensor": 2, "sequence": True}),
-        (4, {"pipeline": 2, "virtual_pipeline": 1, "context": 2}),
+        (4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}),
     ],
-    ids=["pp2", "cp2", "tp2+sp+dp2", "pp2+cp2"],
+    ids=["pp2", "cp2", "tp2+sp+dp2", "pp2+vpp2+cp2+recompute"],
 )
-def test_ramps_compute_the_same_under_every_layout(
-    start: Runner, world: int, parallel: dict[str, Any]
-) -> None:
+def test_ramps_compute_the_same_under_every_layout(start: Runner, world: int, parallel: dict[str, Any]) -> None:
     """Documents apart, 2 steps of 4 samples as 4 sequences each of 8 tokens, then 16 tokens, then the whole."""
     train = {
         "document_masking": True,
@@ -140,7 +139,9 @@ def test_ramps_compute_the_same_under_every_layout(
             {"until_samples": 16, "sequence_length": 16},
         ],
     }
-    one, other = start("one", train=train), start("other", world, train=train, parallel=parallel)
+    recompute = "full" if "virtual_pipeline" in parallel else "none"
+    one = start("one", train=train)
+    other = start("other", world, train=train | {"recompute": recompute}, parallel=parallel)
     assert [(m["batch_size"], m["sequence_length"], m["consumed_samples"]) for m in metrics(one)] == [
         (4, 8, 4), (4, 8, 8), (8, 16, 16), (8, 32, 24), (8, 32, 32), (8, 32, 40),
     ]  # fmt: skip
@@ -281,6 +282,56 @@ def test_damaged_samples_are_replaced_the_same_under_every_layout(start: Runner,
     parts = start("parts", 2, data=skip, evaluation={"interval": 0})
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
     assert _without_reason(skipped(parts)) == _without_reason(lines)
+
+
+def test_threads_do_not_decide_what_replaces_a_sample(start: Runner, many: Path, tmp_path: Path) -> None:
+    """A source so small that a damaged sample comes again among what is read ahead."""
+    damaged = damaged_copy(many, tmp_path / "damaged", (0, 3, 4))
+    data = {"directory": str(damaged), "on_damage": "skip", "read_ahead": 40}
+    train = {"sequence_length": 512, "steps": 5}
+    runs = [
+        start(f"{threads}", data=data | {"workers": threads}, train=train, evaluation={"interval": 0})
+        for threads in (0, 2)
+    ]
+    assert skipped(runs[0]) == skipped(runs[1]) != []
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_damaged_validation_samples_are_logged_as_well(start: Runner, many: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(many, tmp_path / "damaged")
+    (damaged / load_manifest(many).splits["validation"][0].name).unlink()
+    run = start("run", data={"directory": str(damaged), "on_damage": "skip"}, train={"steps": 1})
+    lines = skipped(run)
+    assert {(line["step"], line["split"]) for line in lines} == {(0, "validation")}
+    assert all("validation-0" in line["reason"] for line in lines)
+
+
+def test_replaced_samples_are_counted_over_resumes(start: Runner, refusal: Callable[..., str], many: Path, tmp_path: Path) -> None:
+    """The budget is that of the whole run."""
+    damaged = damaged_copy(many, tmp_path / "damaged", (0, 3, 4))
+    data = {"directory": str(damaged), "on_damage": "skip"}
+    first = len(skipped(start("run", data=data, evaluation={"interval": 0}, train={"steps": 3})))
+    whole = len(skipped(start("run", data=data, evaluation={"interval": 0})))
+    assert 0 < first < whole
+    start("again", data=data, evaluation={"interval": 0}, train={"steps": 3})
+    said = refusal("again", data=data | {"damage_budget": whole - 1}, evaluation={"interval": 0})
+    assert f"{whole} damaged samples have been replaced" in said
+
+
+def test_data_ranks_that_are_no_more_leave_no_records_behind(start: Runner) -> None:
+    """Four data ranks record six steps; two of them go on from the second."""
+    run = start("run", 4, train={"micro_batch_size": 1})
+    for checkpoint in (run / "checkpoints").iterdir():
+        if checkpoint.name > "step-00000002":
+            shutil.rmtree(checkpoint)
+    whole = samples(run)
+    assert samples(start("run", 2, train={"micro_batch_size": 1, "steps": 4})) == {n: whole[n] for n in range(1, 5)}
+
+
+def test_ranks_that_have_other_data_are_told(ranks: RankPool, data: Path, many: Path, tmp_path: Path) -> None:
+    config = run_config(data, tmp_path / "run", parallel={"tensor": 2}).model_dump(mode="json", exclude_none=True)
+    with pytest.raises(UsageError, match=r"rank 1 reads other data in .*tokens \(fingerprint [0-9a-f]{16}\) than rank 0"):
+        ranks.run("running:pretrain", 2, config=config, own_data={"1": str(many)})
 
 
 def _without_reason(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

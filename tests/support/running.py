@@ -8,7 +8,7 @@ from trine.configs.checks import check_layout
 from trine.configs.errors import RunError, UsageError
 from trine.configs.loading import set_vocabulary
 from trine.configs.schema import Config
-from trine.data_pipeline.opening import read_manifests
+from trine.data_pipeline.opening import read_prepared
 from trine.parallel.topology import build_topology, local_device
 from trine.pretrain.place import Place
 from trine.pretrain.trainer import Trainer
@@ -22,9 +22,10 @@ def pretrain(rank: int, world_size: int, *, config: dict[str, Any], own_data: di
     if own_data and str(rank) in own_data:
         config["data"]["directory"] = own_data[str(rank)]
     run = Config.model_validate(config)
-    run = set_vocabulary(run, read_manifests(run.data)[0].vocabulary_size)
+    prepared = read_prepared(run.data)
+    run = set_vocabulary(run, prepared.vocabulary_size)
     topology = build_topology(check_layout(run, world_size), local_device(rank))
-    Trainer(run, topology, Place(rank, world_size, rank, world_size, "local")).run()
+    Trainer(run, topology, Place(rank, world_size, rank, world_size, "local"), prepared).run()
 
 
 def refused(rank: int, world_size: int, *, config: dict[str, Any]) -> str:
