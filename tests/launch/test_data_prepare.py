@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -34,9 +35,12 @@ def library() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def long(library: list[str]) -> list[str]:
+def long(library: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """So much that no command is done with it before a busy machine lets the test come to its point."""
-    return library * 20
+    names = [tmp_path_factory.mktemp("names") / Path(given).name for _ in range(20) for given in library]
+    for name, given in zip(names, itertools.cycle(library), strict=False):
+        name.symlink_to(given)
+    return [str(name) for name in names]
 
 
 @pytest.fixture(scope="module")
