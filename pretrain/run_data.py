@@ -78,7 +78,7 @@ class RunData:
             logger.warning("the data changed since the checkpoint, as data.on_change=accept allows: %s", change)
         self._training.close()
         self._training = self._stream(self._cursor.mixture)
-        self._training.substitutes.found_before = int(state.get("skipped_samples", 0))
+        self._training.substitutes.found_before = int(state["skipped_samples"])
 
     def open_records(self, last_step: int) -> None:
         """Begin to log what is read and replaced, after ``last_step`` steps. Every rank must call it once."""

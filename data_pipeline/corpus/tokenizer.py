@@ -123,15 +123,8 @@ def check_vocabulary_size(size: int) -> None:
         )
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a ``tokenizer.json``, without the truncation, the padding and the BPE dropout that it may ask for.
-
-    Raises UsageError when the file is missing or is not a tokenizer.
-    """
-    return _parse(path, read_tokenizer(path))
-
-
 def _parse(path: Path, data: bytes) -> Tokenizer:
+    """The tokenizer without the truncation, the padding and the BPE dropout that its file may ask for."""
     try:
         tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the tokenizers package raises nothing narrower

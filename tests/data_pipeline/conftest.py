@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_folder import made_request
 
 from trine.data_pipeline.preparation.prepare import prepare
-from trine.data_pipeline.shards.manifest import DtypeName, Manifest, Request, token_dtype, write_manifest
+from trine.data_pipeline.shards.manifest import DtypeName, Manifest, token_dtype, write_manifest
 from trine.data_pipeline.shards.writer import ShardWriter
 
 VOCABULARY = 300
@@ -77,23 +78,12 @@ def write_split(tmp_path: Path) -> Callable[..., Path]:
             for document in documents:
                 writer.add(np.array(document, token_dtype(dtype)))
             records = writer.finish()
-        request = Request(
-            sources=("made",),
-            source_files=0,
-            source_bytes=0,
-            tokenizer_sha256=None,
-            trained_vocabulary=VOCABULARY,
-            text_field="text",
-            validation_fraction=0.0,
-            chunk_bytes=1,
-            shard_tokens=1,
-        )
         manifest = Manifest(
             dtype=dtype,
             vocabulary_size=VOCABULARY if dtype == "uint16" else 100_000,
             eos_id=0,
             tokenizer_sha256="0" * 64,
-            request=request,
+            request=made_request(0),
             splits={"train": tuple(records)},
         )
         write_manifest(tmp_path, manifest)

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from trine.configs.errors import RunError, UsageError
 from trine.data_pipeline.corpus.sources import STANDARD_LIBRARY, iter_documents
-from trine.data_pipeline.corpus.tokenizer import load_tokenizer
 from trine.data_pipeline.dataset import TokenDataset
 from trine.data_pipeline.preparation.claim import INPUTS, LOCK, OWNER, exclusively, release
 from trine.data_pipeline.preparation.prepare import prepare
@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_documents_come_out_as_they_went_in(corpus: Path, prepared: Path) -> None:
-    tokenizer = load_tokenizer(prepared / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     manifest = load_manifest(prepared)
     for split in SPLITS:
@@ -368,7 +368,7 @@ def test_a_tokenizer_that_a_worker_sees_otherwise_is_refused(corpus: Path, prepa
 
 
 def test_bpe_dropout_is_left_out(corpus: Path, prepared: Path, tmp_path: Path) -> None:
-    random = load_tokenizer(prepared / "tokenizer.json")
+    random = Tokenizer.from_file(str(prepared / "tokenizer.json"))
     random.model.dropout = 0.2
     random.save(str(tmp_path / "random.json"))
     given = {"tokenizer": tmp_path / "random.json", "train_tokenizer": None}
@@ -494,7 +494,7 @@ def test_the_standard_library_can_be_prepared(tmp_path: Path) -> None:
     manifest = run(few, tmp_path / "out", validation_fraction=0.0, train_tokenizer=512)
     dataset = TokenDataset(tmp_path / "out", "train", manifest.tokens("train") - 1)
     tokens = dataset[0].tokens
-    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     decoded = [tokenizer.decode(part.tolist()) for part in np.split(tokens, np.flatnonzero(tokens == 0))]
     assert decoded[:-1] == [document.text for document in iter_documents([str(few)])]
 

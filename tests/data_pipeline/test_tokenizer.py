@@ -18,7 +18,6 @@ from trine.data_pipeline.corpus.tokenizer import (
     TokenizersEncoder,
     end_of_document_id,
     load_encoder,
-    load_tokenizer,
     tokenizer_sha256,
     train_byte_level_bpe,
     vocabulary_size,
@@ -75,20 +74,20 @@ def test_truncation_and_padding_of_a_file_are_undone(tmp_path: Path) -> None:
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert loaded.decode(loaded.encode(TEXTS[0]).ids) == TEXTS[0]
+    (ids,) = load_encoder(tmp_path / "tokenizer.json").encode_batch([TEXTS[0]])
+    assert tokenizer.decode(ids) == TEXTS[0]
     assert len(tokenizer_sha256(tmp_path / "tokenizer.json")) == 64
 
 
 def test_what_is_not_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"absent\.json cannot be read \(No such file or directory\)"):
-        load_tokenizer(tmp_path / "absent.json")
+        load_encoder(tmp_path / "absent.json")
     with pytest.raises(UsageError, match=r"absent\.json cannot be read"):
         tokenizer_sha256(tmp_path / "absent.json")
     for content in (b"{}", b"\xff\xfe", b'{"model": 3}'):
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(UsageError, match=r"bad\.json is not a tokenizer of the tokenizers package"):
-            load_tokenizer(tmp_path / "bad.json")
+            load_encoder(tmp_path / "bad.json")
     with pytest.raises(UsageError, match=r"no token that ends a document; add one of <\|endoftext\|>"):
         end_of_document_id(Tokenizer(models.BPE()))
 
@@ -182,10 +181,10 @@ def test_added_tokens_are_the_same_wherever_a_text_is_cut(
 
 def test_bpe_dropout_of_a_file_is_undone(tmp_path: Path) -> None:
     tokenizer = train_byte_level_bpe(TEXTS, 280)
-    whole = encode(tokenizer, *TEXTS)
+    whole = TokenizersEncoder(tokenizer).encode_batch(TEXTS)
     tokenizer.model.dropout = 0.5
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert all(encode(load_tokenizer(tmp_path / "tokenizer.json"), *TEXTS) == whole for _ in range(5))
+    assert all(load_encoder(tmp_path / "tokenizer.json").encode_batch(TEXTS) == whole for _ in range(5))
 
 
 def test_a_long_document_is_held_as_arrays(monkeypatch: pytest.MonkeyPatch) -> None:

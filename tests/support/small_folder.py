@@ -55,14 +55,15 @@ def write_folder(
         vocabulary_size=vocabulary,
         eos_id=END,
         tokenizer_sha256=tokenizer_sha256(folder / TOKENIZER),
-        request=_request(sum(map(len, lengths.values()))),
+        request=made_request(sum(map(len, lengths.values()))),
         splits=splits,
     )
     write_manifest(folder, manifest)
     return manifest
 
 
-def _request(chunks: int) -> Request:
+def made_request(chunks: int) -> Request:
+    """A request that no preparation has met."""
     return Request(
         sources=("made",),
         source_files=chunks,
