@@ -50,11 +50,12 @@ def plan_chunks(files: Sequence[InputFile], chunk_bytes: int) -> list[Chunk]:
 
 
 def _pieces(files: Sequence[InputFile], piece_bytes: int) -> list[Piece]:
-    opened = {file for file in files if file.kind == "parquet"}
+    # In their order, so that of several damaged files it is always the first that is named.
+    opened = list(dict.fromkeys(file for file in files if file.kind == "parquet"))
     # Far away disks take their time for each footer, but not more for several at once.
     with ThreadPoolExecutor(_READERS) as pool:
         divided = dict(zip(opened, pool.map(divide, opened, repeat(piece_bytes)), strict=True))
-    return list(chain.from_iterable(divided.get(file) or divide(file, piece_bytes) for file in files))
+    return list(chain.from_iterable(divided[file] if file in divided else divide(file, piece_bytes) for file in files))
 
 
 def inputs_sha256(files: Sequence[InputFile]) -> str:
