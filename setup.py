@@ -9,8 +9,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 ROOMS = (
-    "configs", "kernels", "parallel", "models", "models/mixers", "pretrain", "launch",
-    "data_pipeline", "data_pipeline/corpus", "data_pipeline/preparation", "data_pipeline/shards",
+    "configs", "kernels", "parallel", "models", "models/mixers", "pretrain", "pretrain/checkpoints", "pretrain/watch",
+    "launch", "data_pipeline", "data_pipeline/corpus", "data_pipeline/preparation", "data_pipeline/shards",
     "data_pipeline/storage",
 )  # fmt: skip
 

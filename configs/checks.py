@@ -11,6 +11,7 @@ from .remedies import nearest_multiples
 from .schema import Config, Optimizer, Parallel, Train
 from .sequence_checks import check_exchange, check_sequence
 from .stack_checks import check_stack
+from .watch_checks import check_watch
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def check_config(config: Config) -> None:
     check_exchange(config.model.stack, config.parallel)
     check_pipeline(config.model.stack, config.parallel)
     _check_schedule(config.train, config.optimizer)
+    check_watch(config.watch, config.checkpoint)
 
 
 def check_layout(config: Config, world_size: int) -> Layout:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
+from .durations import Duration
 from .stack import Section, Stack
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -117,6 +118,11 @@ class Train(Section):
     """Activations computed again in the backward pass instead of kept: those between the matrix products
     (``selective``) or all but each layer's input (``full``)."""
     seed: Seed = 1234
+    deterministic: bool = False
+    """Use only kernels that give the same bits every time; on a GPU that costs speed, on a CPU nothing changes."""
+    max_wall_time: Duration | None = None
+    """Save and stop after this long: seconds, or text such as ``90m``, ``23h30m`` or ``1d12h``. The step, evaluation or
+    save that is running then is finished first, so leave room before a hard limit."""
 
 
 class Optimizer(Section):
@@ -205,6 +211,44 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0 saves only at the end."""
     keep: PositiveInt = 3
     """How many of the newest checkpoints stay on disk."""
+    keep_every: NonNegativeInt = 0
+    """Checkpoints of steps that are multiples of this stay for good; 0 keeps none for good."""
+    background: bool = True
+    """Write files while training goes on; else training waits for them."""
+    on_damage: Literal["fall_back", "stop"] = "fall_back"
+    """What a damaged newest checkpoint does when a run begins: the one before it is used, or the run ends."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """What a save that fails, on a full disk say, does to the run. The last one of a run must succeed."""
+    failure_budget: PositiveInt = 3
+    """Failed saves in a row with which ``continue`` ends the run as well."""
+
+
+class Watch(Section):
+    """What a run does about numbers and ranks that go wrong."""
+
+    on_nonfinite: Literal["skip", "roll_back", "stop"] = "skip"
+    """What a loss or gradient norm that is not finite does: its step changes no parameter, or the run goes back to the
+    newest checkpoint and leaves out the samples since then, or it ends."""
+    on_spike: Literal["accept", "skip", "roll_back", "stop"] = "accept"
+    """The same for a loss or gradient norm far above the recent ones; ``accept`` only counts it."""
+    spike_deviations: PositiveFloat = 6.0
+    """A spike lies this many standard deviations above the mean of the last ``spike_window`` accepted steps."""
+    spike_window: Annotated[int, Field(ge=4)] = 128
+    """Steps that a spike is measured against; before there are as many, none is found."""
+    skip_budget: PositiveInt = 10
+    """Skipped steps in a row with which the run ends."""
+    roll_back_budget: PositiveInt = 3
+    """Times that a run may go back in all."""
+    rerun_nonfinite: bool = True
+    """Compute a step that is not finite a second time before it is judged: a fault of the hardware does not repeat."""
+    hang_seconds: NonNegativeFloat = 300.0
+    """A rank that makes no progress for this long is named, and the run ends; 0 turns the watch off."""
+    collective_timeout: PositiveFloat = 600.0
+    """Seconds after which torch gives up waiting for other ranks; ``hang_seconds`` must be less."""
+    straggler_interval: NonNegativeInt = 10
+    """Steps between measurements of how the ranks' own work spreads; 0 turns them off."""
+    straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.5
+    """A rank whose own work takes this many times the median is named."""
 
 
 class Run(Section):
@@ -224,6 +268,7 @@ class Config(Section):
     data: Data
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    watch: Watch = Watch()
     run: Run
 
     @property

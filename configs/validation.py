@@ -38,6 +38,7 @@ _DEMANDS = {
     "tuple_type": "a list",
     "model_type": "a section of keys",
     "path_type": "a path: put it in quotes if it looks like a number or a date",
+    "duration": "seconds, or text such as 90m, 23h30m or 1d12h",
     "greater_than": "greater than {gt:g}",
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",

@@ -1,4 +1,4 @@
-"""The command line: ``trine pretrain``, ``trine parity``, ``trine data`` and ``trine doctor``.
+"""The command line: ``trine pretrain``, ``trine launch``, ``trine parity``, ``trine data`` and ``trine doctor``.
 
 Each command imports what it needs when it runs, so that ``trine --help`` answers at once.
 """
@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that ``trine --help`` answer
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
 from ..configs.errors import RunError, UsageError
-from . import data_commands, data_reports
+from . import data_commands, data_reports, launch_commands
 from .exit_codes import tell
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..pretrain.place import Place
 
 _EXIT_CODES = "exit codes: 0 done; 1 failed; 2 wrong use; 130 stopped by Ctrl-C"
+_STOPPED = "75 stopped before the end, with everything saved: the same command continues the run"
+_RUN_EXIT_CODES = f"{_EXIT_CODES};\n{_STOPPED}"
 
 _PRETRAIN = """\
 Pretrain the model of a recipe, or continue a run that was stopped: the same command resumes from the newest
@@ -35,7 +38,7 @@ examples:
   trine pretrain configs/demo.yaml train.steps=1000 parallel.pipeline=2 --nproc 4
   torchrun --nproc-per-node 8 -m trine pretrain configs/yoco/3b.yaml
 
-{_EXIT_CODES}"""
+{_RUN_EXIT_CODES}"""
 
 _PARITY = """\
 Compare layouts of a model with one process on this machine: the same few training steps are computed under each,
@@ -75,8 +78,8 @@ exit codes: 0 models can be trained here; 1 something that every run needs is mi
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (by default the process's own) and return its exit code.
 
-    0 done, 1 failed, 2 wrong use, 130 interrupted. Messages go to standard error. A process that is a rank of
-    torchrun, srun or mpirun ends inside where its rank fails.
+    0 done, 1 failed, 2 wrong use, 75 stopped and saved, 130 interrupted. Messages go to standard error. A process
+    that is a rank of torchrun, srun or mpirun ends inside where its rank fails.
     """
     try:
         arguments = _parse(argv)
@@ -97,7 +100,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    typed = sys.argv[1:] if argv is None else argv
+    arguments, rest = parser.parse_known_args(typed, argparse.Namespace(typed=tuple(typed)))
     if rest:
         # argparse takes positionals from one place only; overrides may also follow an option.
         if "overrides" not in arguments or any(word.startswith("-") for word in rest):
@@ -119,6 +123,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_pretrain(commands)
     _add_parity(commands)
     _add_data(commands)
+    _add_launch(commands)
     doctor = _add(commands, "doctor", "tell what this machine can do", _DOCTOR, _DOCTOR_EXAMPLES)
     doctor.set_defaults(command=_doctor, parser=doctor)
     return parser
@@ -153,7 +158,7 @@ def _add_parity(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.set_defaults(command=_parity, parser=parser)
 
 
-def _add_recipe(parser: _Parser, what: str) -> None:
+def _add_recipe(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help=what)
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key.sub=value", help="values laid over the recipe, in order"
@@ -169,6 +174,12 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
     data_commands.add_prepare_options(prepare)
     data_reports.add_verify(partial(_add, subcommands))
     data_reports.add_stats(partial(_add, subcommands))
+
+
+def _add_launch(commands: argparse._SubParsersAction[_Parser]) -> None:
+    launch = _add(commands, "launch", launch_commands.SUMMARY, launch_commands.DESCRIPTION, "")
+    subcommands = launch.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    launch_commands.add_commands(partial(_add, subcommands), _add_recipe, _words, _launch)
 
 
 def _add(
@@ -187,7 +198,7 @@ def _add(
 def _pretrain(arguments: argparse.Namespace) -> int:
     from .environment import find_place
 
-    words = [str(arguments.config), *_overrides(arguments)]
+    words = _words(arguments)
     place = find_place()
     if _is_rank(place):
         if arguments.nproc is not None:
@@ -198,6 +209,10 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
         return run_rank(words)
     return _launch(words, arguments.nproc)
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
+    return [str(arguments.config), *_overrides(arguments)]
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -228,9 +243,11 @@ def _launch(words: Sequence[str], asked: int | None) -> int:
 
     from .local import launch_local
 
+    directory = config.run.directory
     return launch_local(
-        words, processes, config.run.directory / "logs", checkpoint_directory=config.checkpoint_directory
-    )
+        words, processes, directory / "logs",
+        run_directory=directory, checkpoint_directory=config.checkpoint_directory,
+    )  # fmt: skip
 
 
 def _processes(config: Config, asked: int | None) -> int:

@@ -18,13 +18,15 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ..pretrain import exit_state
+from ..pretrain.exit_state import STOPPED
 from .environment import LAUNCHED_LOCALLY
 from .failures import root_cause
 from .machine import usable_cores
 from .rank_log import log_path, make_log_directory
 
 _THIS_HOST = "127.0.0.1"
-_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _GIB = 1 << 30
 
 
@@ -33,6 +35,7 @@ def launch_local(
     processes: int,
     log_directory: Path,
     *,
+    run_directory: Path | None = None,
     checkpoint_directory: Path | None = None,
     module: str = f"{__package__}.worker",
 ) -> int:
@@ -40,12 +43,12 @@ def launch_local(
 
     When one fails the others are ended: by SIGTERM, and after 30 s by SIGKILL. Standard error then names the
     rank that failed first, how, and its log in ``log_directory``; when ``checkpoint_directory`` holds a
-    checkpoint, it says that the run can be resumed. SIGINT, SIGTERM, SIGHUP and SIGQUIT end all ranks, and
-    ranks do not outlive the launcher. Must be called in the main thread.
+    checkpoint, it says that the run can be resumed. Signals are handed on to the ranks, which have 30 s to save
+    what they must, and ranks do not outlive the launcher. Must be called in the main thread.
 
     Returns:
-        0 when every rank succeeded, 2 when the first failure was a UsageError, 128 + N when signal N ended
-        the run, else 1.
+        0 when every rank succeeded, 75 when the run in ``run_directory`` says that it was stopped before its end and
+        has saved everything, 2 when the first failure was a UsageError, 128 + N when signal N ended the run, else 1.
 
     Raises:
         UsageError: ``log_directory`` cannot be made.
@@ -57,11 +60,13 @@ def launch_local(
         try:
             with _signal_handlers_kept(), _environment(variables), _elastic_log(log_directory):
                 _run_ranks(config, ["-m", module, *arguments])
-            return 0
+            return STOPPED if _was_stopped(run_directory) else 0
         except ChildFailedError as error:
             _end_process_groups(error.failures)
             code, sentences = _failure(error.failures, processes, log_directory)
         except SignalException as stopped:
+            if _was_stopped(run_directory):
+                return STOPPED
             code, sentences = 128 + stopped.sigval, [f"stopped by {stopped.sigval.name}"]
         except KeyboardInterrupt:
             code, sentences = 128 + signal.SIGINT, ["stopped by SIGINT"]
@@ -168,6 +173,12 @@ def _failure(failures: Mapping[int, ProcessFailure], processes: int, log_directo
         return 2, [cause.usage]
     log = log_path(log_directory, cause.rank)
     return 1, [f"rank {cause.rank} of {processes} {cause.how}", f"its log is {log}"]
+
+
+def _was_stopped(run_directory: Path | None) -> bool:
+    """Whether the run says so; it has told the user on its own."""
+    state = exit_state.read(run_directory) if run_directory else None
+    return state is not None and state.outcome == "stopped"
 
 
 def _resume_hint(checkpoint_directory: Path | None) -> str:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None, *, train: Callable[[Config, Place], None] | None = None) -> int:
     """Run the rank whose place the environment tells: ``argv`` is CONFIG.yaml and its overrides.
 
-    Returns 0. After an error it does not return: the process ends with exit code 2 for a UsageError and 1 for
-    any other, without waiting for peers that may never answer. ``train`` is by default the pretraining.
+    Returns 0, or 75 where the run was stopped before its end; under torchrun, which takes every other number for a
+    failure, always 0. After an error it does not return: the process ends with exit code 2 for a UsageError and 1
+    for any other, without waiting for peers that may never answer. ``train`` is by default the pretraining.
     """
     from ..configs.loading import load_config
     from .environment import export, find_place
@@ -46,16 +47,22 @@ def main(argv: Sequence[str] | None = None, *, train: Callable[[Config, Place], 
         export(place)
         config = load_config(Path(recipe), overrides)
         log = open_rank_log(config.run.directory / "logs", place.rank)
-        (train or _pretrain)(config, place)
+        if train is None:
+            code = _pretrain(config, place, log)
+            return 0 if place.source in ("local", "torchrun") else code
+        train(config, place)
     except Exception as error:
         _end(error, place, log)
     return 0
 
 
-def _pretrain(config: Config, place: Place) -> None:
-    from ..pretrain.trainer import pretrain
+def _pretrain(config: Config, place: Place, log: RankLog) -> int:
+    from ..pretrain.run import Outside, pretrain
 
-    pretrain(config, place)
+    def tell(line: str) -> None:
+        print(f"trine: {line}", file=log.console, flush=True)
+
+    return pretrain(config, place, Outside(tell, lambda error: _end(error, place, log), log.path))
 
 
 def _end(error: Exception, place: Place | None, log: RankLog | None) -> NoReturn:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ..configs.errors import RunError, UsageError
 from .topology import Topology
 
 K = TypeVar("K")
@@ -23,10 +25,8 @@ def union_over_ranks(found: dict[K, V], topology: Topology) -> dict[K, V]:
     dist.all_reduce(finders)
     if not finders.item():
         return {}
-    everything: list[Any] = [None] * topology.layout.world_size
-    dist.all_gather_object(everything, found)
     merged: dict[K, V] = {}
-    for one in everything:
+    for one in from_every_rank(found, topology):
         for key, value in one.items():
             merged.setdefault(key, value)
     return merged
@@ -38,3 +38,45 @@ def from_first_rank(value: V, topology: Topology) -> V:
     dist.broadcast_object_list(box, src=0)
     told: Any = box[0]
     return told  # type: ignore[no-any-return]
+
+
+def done_by_first_rank(action: Callable[[], V]) -> V:
+    """Have rank 0 do something, and give every rank what came of it; all of them must call it.
+
+    Raises:
+        UsageError, RunError: as on rank 0, so that none waits for one that failed. Any other exception of rank 0 is a
+            RunError on the others.
+    """
+    box: list[tuple[Any, str | None, bool]] = [(None, None, False)]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = (action(), None, False)
+        except Exception as error:  # whatever it is, the other ranks wait for word of it
+            box[0] = (None, str(error) or type(error).__name__, isinstance(error, UsageError))
+    dist.broadcast_object_list(box, src=0)
+    value, failure, misuse = box[0]
+    if failure is not None:
+        raise (UsageError if misuse else RunError)(failure)
+    return value  # type: ignore[no-any-return]
+
+
+def gathered(value: V) -> list[V]:
+    """Every rank's ``value`` on rank 0, in the order of the ranks, and an empty list elsewhere; all must call it."""
+    box: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, box, dst=0)
+    return box or []
+
+
+def from_every_rank(value: V, topology: Topology) -> list[V]:
+    """Every rank's ``value``, in the order of the ranks, on all of them; all must call it."""
+    everything: list[Any] = [None] * topology.layout.world_size
+    dist.all_gather_object(everything, value)
+    return everything
+
+
+def largest(values: list[int], topology: Topology) -> list[int]:
+    """The largest of each number over all ranks; all of them must call it."""
+    tensor = torch.tensor(values, device=topology.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    told: list[int] = tensor.tolist()
+    return told

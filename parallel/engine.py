@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from ..configs.schema import Config
 from ..configs.stack import expand
 from .engine_config import DTYPES
 from .microbatch import Microbatches
-from .optimizer_state import mended_optimizer
+from .optimizer_state import OwningOptimizer, mended_optimizer
 from .pipeline import KVCarryCommunicator
+from .random_states import RandomStates
 from .topology import Topology, from_last_stage, sum_over_data
 
 
@@ -34,8 +36,6 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     """The rate that this step used."""
-    finite: bool
-    """False where loss or gradients were not finite: the parameters are then worthless on every rank."""
 
 
 class Engine:
@@ -56,19 +56,55 @@ class Engine:
             self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.parallel_chunks)
         self.scheduler = _scheduler(config, self.optimizer)
         self.engine_config.grad_scale_func = self.optimizer.scale_loss
-        self.engine_config.finalize_model_grads_func = finalize_model_grads
+        self.engine_config.finalize_model_grads_func = self._finalize_gradients
+        self._communicator_in_use: KVCarryCommunicator | None = None
+        self._started = 0.0
+        self.measures_work = False
+        """Whether the next step notes ``own_work_s``, which on a GPU costs a synchronisation."""
+        self.own_work_s = 0.0
+        """Seconds of the last measured step that this rank spent on its own work: until its gradients were there,
+        without waiting for other pipeline stages. Waits inside tensor and context groups count as work, so that such
+        a group is slow together."""
 
     def train_step(self, microbatches: Microbatches, shape: StepShape | None = None) -> StepResult:
-        """Run a step's microbatches forward and backward and update the parameters.
+        """Run a step's microbatches forward and backward and update the parameters, whatever comes of it.
 
         ``shape`` is what the step takes where that is not the full batch, for as long as something ramps up.
         """
         loss = self.compute_gradients(microbatches, shape)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = self.gradient_norm()
+        return StepResult(loss, grad_norm, self.update(grad_norm))
+
+    def gradient_norm(self) -> float:
+        """Norm of the reduced gradients of the whole model, before they are clipped; the same on every rank."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self, grad_norm: float) -> float:
+        """Clip the gradients, whose norm is given, and change the parameters; returns the learning rate used."""
+        learning_rate = self._learning_rate
+        if self.config.optimizer.clip_grad > 0:
+            for optimizer in self.optimizers():
+                clip_grad_by_total_norm_fp32(
+                    optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm, use_decoupled_grad=False
+                )
+        self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        return StepResult(loss, float(grad_norm), float(learning_rate), finite)
+        return learning_rate
+
+    def skip_update(self) -> float:
+        """Change no parameter, while the schedule goes on; returns the learning rate that was not used."""
+        learning_rate = self._learning_rate
+        self.scheduler.step(increment=1)
+        return learning_rate
+
+    @property
+    def _learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def optimizers(self) -> list[OwningOptimizer]:
+        """Megatron-Core chains one optimizer for each group of ranks over which gradients are reduced."""
+        return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
     def restore_schedule(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint's schedule stood, under the rates and betas of *this* configuration.
@@ -80,6 +116,10 @@ class Engine:
         for group in self.optimizer.param_groups:
             group.update(max_lr=o.learning_rate, min_lr=o.minimum_learning_rate, betas=o.betas, eps=o.eps)
         self.scheduler.load_state_dict(state)
+
+    def random_states(self) -> RandomStates:
+        """This rank's random generators as they are now."""
+        return RandomStates.now(self.topology.device)
 
     def close(self) -> None:
         """Let go of the process groups, so that leaving the topology can end their threads.
@@ -93,6 +133,7 @@ class Engine:
 
     def compute_gradients(self, microbatches: Microbatches, shape: StepShape | None = None) -> float:
         """Forward and backward alone: leaves the reduced gradients in each parameter's ``main_grad``."""
+        self._started = time.perf_counter()
         for chunk in self.parallel_chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -123,14 +164,23 @@ class Engine:
             micro_batch_size=self.config.train.micro_batch_size * shape.pieces,
             forward_only=forward_only,
         )
-        communicator = None
+        communicator = self._communicator_in_use = None
         if layout.pipeline > 1:
-            communicator = self._communicator(num_microbatches, shape, forward_only)
+            communicator = self._communicator_in_use = self._communicator(num_microbatches, shape, forward_only)
             arguments |= dict(p2p_communicator=communicator, pg_collection=self.topology.groups)
         reports = get_forward_backward_func()(**arguments)
         if communicator is not None:
             communicator.check_finished()
         return self._mean_loss(reports)
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """Megatron-Core's callback between the last backward pass and the update: the ranks wait for each other."""
+        if self.measures_work:
+            if self.topology.device.type == "cuda":
+                torch.cuda.synchronize()
+            waited = self._communicator_in_use.waited_s if self._communicator_in_use else 0.0
+            self.own_work_s = time.perf_counter() - self._started - waited
+        finalize_model_grads(*args, **kwargs)
 
     def _forward_step(
         self, microbatches: Microbatches, model: nn.Module

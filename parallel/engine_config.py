@@ -43,6 +43,7 @@ def engine_config(config: Config, device: torch.device) -> TransformerConfig:
         batch_p2p_comm=not overlap,
         # gloo's isend keeps no hold on a tensor whose storage is released: the receiver would get garbage.
         deallocate_pipeline_outputs=on_gpu or not overlap,
+        deterministic_mode=config.train.deterministic,
         gradient_accumulation_fusion=on_gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,

@@ -1,60 +1,70 @@
-"""Megatron-Core's distributed optimizer with its state saved and loaded right.
+"""Megatron-Core's distributed optimizer with its state told, saved and loaded right.
 
-Two faults of 0.16.1 are mended here, in a subclass that the engine builds in its place on every device.
+Each rank owns a range of the elements of some parameters. Megatron-Core 0.16.1 saves that either bound to the layout
+(``dp_reshardable``) or by gathering all of it on every rank (``fully_reshardable``), which takes the memory of the
+whole state and a pause of the training. Here each rank describes what it owns as pieces of global tensors
+(``shards.py``): nothing is gathered, all ranks write, and every layout can read. (Its ``fully_reshardable`` also cuts
+parameters at offsets with padding out of buffers without, once there are several buckets.)
 
-*Padding.* The elements of a gradient buffer lie in buckets, each padded to a common multiple. A fully reshardable
-checkpoint joins the buckets without their padding, yet cuts the parameters out at their padded offsets. With more
-than one bucket (tied embeddings have one of their own, large models many) every parameter behind the first padding
-is silently shifted.
-
-*Step counts.* Without Transformer Engine or apex the optimizer wraps torch's Adam, which keeps a step count per
-parameter where the fused ones keep one per group. Megatron-Core then (1) cannot describe its state before the first
-step, nor on a rank that owns no element of any parameter, (2) copies a tensor named ``step`` that no checkpoint
-holds, and (3) gives all parameters the *same* step tensor on loading, so that every step counts as many as there are
-parameters and the bias correction after a resume is silently wrong.
+Without Transformer Engine or apex the optimizer wraps torch's Adam, which keeps a step count per parameter where the
+fused ones keep one per group. Megatron-Core then (1) cannot describe its state before the first step, nor on a rank
+that owns no element of any parameter, and (2) gives all parameters the *same* step tensor on loading, so that every
+step counts as many as there are parameters and the bias correction after a resume is silently wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import megatron.core.optimizer as engine_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
-from torch import Tensor
+from torch import Tensor, nn
+
+STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
+"""The fp32 master copy of a parameter, and Adam's moments."""
 
 
-class ReshardableOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[misc]
-    """Cuts parameters out of joined buckets at the offsets that they have without padding."""
+@dataclass(frozen=True)
+class Owned:
+    """The part of a parameter whose optimizer state this rank keeps."""
 
-    def sharded_param_state_fully_reshardable(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron-Core's, with offsets that match the data."""
-        padded = [buffer.param_index_map for buffer in self.buffers]
-        for buffer in self.buffers:
-            buffer.param_index_map = _without_padding(buffer)
-        try:
-            return super().sharded_param_state_fully_reshardable(*args, **kwargs)
-        finally:
-            for buffer, index_map in zip(self.buffers, padded, strict=True):
-                buffer.param_index_map = index_map
+    parameter: nn.Parameter
+    start: int
+    """The first element, of the parameter as it lies flat in this rank's memory."""
+    state: dict[str, Tensor]
+    """By ``STATE_KEYS``: flat, fp32, the live memory."""
 
-
-def _without_padding(buffer: Any) -> dict[Tensor, tuple[int, int, int]]:
-    """(start, end, bucket) of each parameter of a gradient buffer, the padding of earlier buckets taken off."""
-    shifts, padding = [], 0
-    for bucket in buffer.buckets:
-        shifts.append(padding)
-        padding += bucket.grad_data.numel() - bucket.numel_unpadded
-    return {
-        parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
-        for parameter, (start, end, bucket) in buffer.param_index_map.items()
-    }
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.state["param"].numel()
 
 
-class TorchAdamOptimizer(ReshardableOptimizer):
+class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[misc]
+    """Tells what it owns."""
+
+    def owned(self) -> Iterator[Owned]:
+        """Every part of a parameter that this rank owns. The state must be there: after a step, or a load."""
+        for buffer in self.gbuf_ranges:
+            for buckets in buffer.values():
+                for bucket in buckets:
+                    for parameter, ranges in bucket["param_map"].items():
+                        tensors = self._get_main_param_and_optimizer_states(parameter)
+                        state = {key: tensors[key].detach() for key in STATE_KEYS}
+                        yield Owned(parameter, ranges["param"].start, state)
+
+
+class TorchAdamOptimizer(OwningOptimizer):
     """Keeps one step count in the groups of a state dict and one per parameter in memory."""
+
+    def owned(self) -> Iterator[Owned]:
+        """As of any optimizer, and before the first step, too."""
+        self._fill_state()
+        yield from super().owned()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters' own state."""
@@ -68,7 +78,6 @@ class TorchAdamOptimizer(ReshardableOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load, and give every parameter a step count of its own."""
-        # The empty state that Megatron-Core would make lacks the step that its copy loop then asks for.
         self._fill_state()
         super().load_state_dict(state_dict)
         step = float(state_dict["optimizer"]["param_groups"][0]["step"])
@@ -84,19 +93,13 @@ class TorchAdamOptimizer(ReshardableOptimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
 
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        parameter = self.optimizer.param_groups[group]["params"][order]
-        step = self.optimizer.state[parameter]["step"]
-        super()._set_main_param_and_optimizer_states(model_param, {"step": step} | tensors)
-
 
 @contextmanager
 def mended_optimizer() -> Iterator[None]:
     """Within it, Megatron-Core's factory builds the subclass that fits this machine's Adam."""
     original = engine_optimizer.DistributedOptimizer
     fused = distrib_optimizer.HAVE_APEX_OR_TE
-    engine_optimizer.DistributedOptimizer = ReshardableOptimizer if fused else TorchAdamOptimizer
+    engine_optimizer.DistributedOptimizer = OwningOptimizer if fused else TorchAdamOptimizer
     try:
         yield
     finally:

@@ -10,9 +10,11 @@ from later stages come back inside the boundary's gradient and add to the local 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -107,8 +109,17 @@ class KVCarryCommunicator(P2PCommunicator):  # type: ignore[misc]
         order = _chunk_order(num_microbatches, chunks, config)
         forward = [chunk * stages + stage for chunk in order]
         backward = [] if forward_only else [(chunks - 1 - chunk) * stages + stage for chunk in order]
+        self.waited_s = 0.0
+        """Seconds spent in sending and receiving, most of them waiting for the other side."""
         self._forward = iter([input_width(n) for n in forward if n > 0])
         self._backward = iter([input_width(n + 1) for n in backward if n + 1 < stages * chunks])
+
+    def _communicate(self, **arguments: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return super()._communicate(**arguments)
+        finally:
+            self.waited_s += time.perf_counter() - started
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool

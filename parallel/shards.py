@@ -1,7 +1,7 @@
 """The model and its optimizer as global tensors: what Megatron-Core's sharded checkpoints are made of.
 
 Every section of every parameter is one global tensor under its global name, so a checkpoint says nothing of the
-layout that wrote it.
+layout that wrote it. The same holds for the optimizer's state of it, of which each rank has a few rectangles.
 """
 
 from __future__ import annotations
@@ -13,23 +13,47 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 
 from .engine import Engine
+from .optimizer_state import Owned
 from .parameters import Blueprint, blueprint_of, global_names, section_name
-
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-}
+from .pieces import rectangles
 
 
-def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
-    """Model and optimizer as a tree of Megatron-Core's sharded tensors.
+def sharded_state(engine: Engine) -> dict[str, Any]:
+    """Model and optimizer as a tree of Megatron-Core's sharded tensors over their live memory."""
+    return {"model": sharded_parameters(engine), "optimizer": sharded_optimizer(engine)}
 
-    With ``is_loading`` the optimizer's part describes where loaded state goes and holds no state of its own.
-    """
-    model = sharded_parameters(engine)
-    optimizer = engine.optimizer.sharded_state_dict(model, is_loading, metadata=_OPTIMIZER_FORMAT)
-    return {"model": model, "optimizer": optimizer}
+
+def sharded_optimizer(engine: Engine) -> dict[str, ShardedTensor]:
+    """The pieces of optimizer state that this rank owns."""
+    prefixes = {p: prefix for chunk in engine.chunks for prefix, p in global_names(chunk, chunk.global_name)}
+    return {
+        f"{shard.key}@{shard.global_offset}": shard
+        for optimizer in engine.optimizers()
+        for owned in optimizer.owned()
+        for shard in _owned_shards(prefixes[owned.parameter], owned, engine)
+    }
+
+
+def _owned_shards(prefix: str, owned: Owned, engine: Engine) -> list[ShardedTensor]:
+    topology = engine.topology
+    pieces = rectangles(
+        blueprint_of(owned.parameter), owned.start, owned.stop, topology.tensor_rank, topology.layout.tensor
+    )
+    replica = _replica(owned.parameter, engine)
+    return [
+        ShardedTensor(
+            key=f"optimizer.state.{key}.{section_name(prefix, piece.section)}",
+            data=flat[piece.start - owned.start :][: piece.elements].view(piece.shape),
+            dtype=flat.dtype,
+            local_shape=piece.shape,
+            global_shape=piece.section.shape,
+            global_offset=piece.offset,
+            axis_fragmentations=None,  # an irregular grid
+            replica_id=(*replica, 0),  # the data ranks own different elements
+        )
+        for piece in pieces
+        for key, flat in owned.state.items()
+    ]
 
 
 def sharded_parameters(engine: Engine) -> dict[str, ShardedTensor | ShardedTensorFactory]:
@@ -57,9 +81,7 @@ def _entry(prefix: str, parameter: nn.Parameter) -> str:
 def _shard(prefix: str, parameter: nn.Parameter, engine: Engine) -> ShardedTensor | ShardedTensorFactory:
     blueprint = blueprint_of(parameter)
     topology = engine.topology
-    tied_copy = int(getattr(parameter, "shared", False))
-    tensor_replica = topology.tensor_rank if blueprint.partition is None else 0
-    replica = (tied_copy, tensor_replica, topology.groups.dp_cp.rank())
+    replica = (*_replica(parameter, engine), topology.groups.dp_cp.rank())
     offsets = () if blueprint.partition is None else (
         (blueprint.partition, topology.tensor_rank, topology.layout.tensor),
     )  # fmt: skip
@@ -67,6 +89,12 @@ def _shard(prefix: str, parameter: nn.Parameter, engine: Engine) -> ShardedTenso
         name = section_name(prefix, blueprint.sections[0])
         return ShardedTensor.from_rank_offsets(name, parameter, *offsets, replica_id=replica)
     return _fused(prefix, parameter, blueprint, offsets, replica, topology.layout.tensor)
+
+
+def _replica(parameter: nn.Parameter, engine: Engine) -> tuple[int, int]:
+    """Which copy this is among pipeline stages and tensor ranks that hold the same; (0, 0) is written."""
+    tied_copy = int(getattr(parameter, "shared", False))
+    return tied_copy, engine.topology.tensor_rank if blueprint_of(parameter).partition is None else 0
 
 
 def _fused(

@@ -12,7 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..configs.checks import Layout
 
-TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT_S = 600.0
+"""How long a rank waits for others in a collective, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,32 @@ def local_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def join(rank: int, world_size: int, local_rank: int, init_method: str = "env://") -> torch.device:
-    """Join the run's process group (NCCL on GPUs, gloo on CPUs) and return this process's device."""
+def join(
+    rank: int, world_size: int, local_rank: int, init_method: str = "env://", timeout: float = TIMEOUT_S
+) -> torch.device:
+    """Join the run's process group (NCCL on GPUs, gloo on CPUs) and return this process's device.
+
+    ``timeout`` is the number of seconds after which a collective that others do not join fails.
+    """
     device = local_device(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            rank=rank, world_size=world_size, init_method=init_method, timeout=TIMEOUT,
+            rank=rank, world_size=world_size, init_method=init_method, timeout=datetime.timedelta(seconds=timeout),
         )  # fmt: skip
     return device
 
 
-def build_topology(layout: Layout, device: torch.device) -> Topology:
+def build_topology(layout: Layout, device: torch.device, timeout: float = TIMEOUT_S) -> Topology:
     """Make Megatron-Core's process groups for ``layout``. The process group must have been joined."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout / 60,  # made into a timedelta, for which fractions are fine
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Topology(layout, groups, dist.get_rank(), device)

@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 class Journal:
-    """Appends one JSON object per line, each of which names the ``step`` that it belongs to."""
+    """Appends one JSON object per line, each of which names the ``step`` that it belongs to.
+
+    A disk that is full holds lines back until there is room again; it never ends a run.
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Continue after ``last_step`` steps: what an interrupted run recorded beyond is forgotten."""
         path.parent.mkdir(parents=True, exist_ok=True)
         forget_after(path, last_step)
-        self._file = path.open("a", buffering=1)
+        self._left = b""
+        self._told = False
+        self._open(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append a line. Numbers that are not finite become null, which JSON has."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._left += (json.dumps(finite) + "\n").encode()
+        self.flush()
 
     def flush(self) -> None:
         """Hand everything to the system: what a checkpoint covers must not be lost with the process."""
-        self._file.flush()
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+        except OSError as error:
+            if not self._told:
+                logger.warning("%s cannot be written for now: %s", self._path, error.strerror)
+            self._told = True
+
+    def forget_after(self, last_step: int) -> None:
+        """Drop what was recorded after ``last_step``, to which the run has gone back."""
+        self.close()
+        forget_after(self._path, last_step)
+        self._open(self._path)
 
     def close(self) -> None:
         """Flush and close."""
+        self.flush()
         self._file.close()
+
+    def _open(self, path: Path) -> None:
+        self._path, self._file = path, path.open("ab", buffering=0)
 
 
 def forget_after(path: Path, last_step: int) -> None:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .checkpoints.folder import step_of
+from .checkpoints.saving import Saved
 from .journal import Journal
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class StepMetrics:
     tokens_per_s: float
     tflops_per_rank: float
     """Model operations (forward and backward, recomputation not counted) per second and rank, in 1e12."""
+    skipped: bool = False
+    """Whether the step changed no parameter (``watch``)."""
 
 
 class Metrics:
@@ -70,9 +74,9 @@ class Metrics:
         """Record a training step."""
         values = asdict(metrics)
         self._journal.write(values)
-        tags = {tag: values[name] for name, tag in _STEP_TAGS.items()}
+        tags = {tag: values[name] for name, tag in _STEP_TAGS.items() if math.isfinite(values[name])}
         self._board.scalars(tags, metrics.step)
-        versus = {f"{tag} vs samples": tags[tag] for tag in _VERSUS_SAMPLES}
+        versus = {f"{tag} vs samples": tags[tag] for tag in _VERSUS_SAMPLES if tag in tags}
         self._samples_board.scalars(versus, metrics.consumed_samples)
 
     def evaluation(self, step: int, consumed_samples: int, loss: float) -> None:
@@ -81,6 +85,19 @@ class Metrics:
         self._journal.write(values)
         tags = {"lm loss validation": loss, "lm loss validation ppl": math.exp(min(20.0, loss))}
         self._board.scalars(tags, step)
+
+    def saved(self, saved: Saved) -> None:
+        """Record a finished checkpoint."""
+        step = step_of(saved.path)
+        values = {"step": step, "checkpoint": saved.path.name, "stall_s": saved.stall_s, "total_s": saved.total_s}
+        self._journal.write(values)
+        self._board.scalars({"time/ckpt_blocking": saved.stall_s, "time/ckpt_total": saved.total_s}, step)
+
+    def go_back(self, step: int, consumed_samples: int) -> None:
+        """Forget what was recorded after ``step``, to which the run has gone back."""
+        self._journal.forget_after(step)
+        self._board.go_back(step)
+        self._samples_board.go_back(consumed_samples)
 
     def values(self, step: int, tags: Mapping[str, float]) -> None:
         """Record values in TensorBoard alone."""
@@ -104,13 +121,8 @@ class _Board:
 
     def __init__(self, directory: Path, last_position: int) -> None:
         """Continue after ``last_position``: what lies beyond, and everything before a first step, is hidden."""
-        self._writer: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(directory), purge_step=last_position + 1 if last_position else 0)
-        except (OSError, ImportError) as error:
-            self._give_up(error)
+        self._directory = directory
+        self._open(last_position)
 
     def scalars(self, tags: Mapping[str, float], position: int) -> None:
         self.write(lambda w: [w.add_scalar(tag, value, position) for tag, value in tags.items()])
@@ -121,6 +133,21 @@ class _Board:
         try:
             action(self._writer)
         except OSError as error:
+            self._give_up(error)
+
+    def go_back(self, last_position: int) -> None:
+        """Hide what lies beyond ``last_position``."""
+        if self._writer is not None:
+            self.write(lambda w: w.close())
+            self._open(last_position)
+
+    def _open(self, last_position: int) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._directory), purge_step=last_position + 1 if last_position else 0)
+        except (OSError, ImportError) as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:

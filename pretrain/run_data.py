@@ -64,6 +64,18 @@ class RunData:
         self._validation.replaced = partial(self._log_replaced, step, VALIDATION)
         return self._on_device(self._validation.step(0))
 
+    def names(self, consumed_samples: int, count: int) -> list[str]:
+        """The training samples from a position on, as SOURCE:WINDOW, before damaged ones are replaced."""
+        mixture = self._cursor.mixture
+        ids = mixture.sample_ids(consumed_samples, count)
+        return [f"{mixture.sources[sample.source].name}:{sample.window}" for sample in ids]
+
+    def go_back(self, step: int) -> None:
+        """Forget what was recorded after ``step``, to which the run has gone back."""
+        for journal in (self._record, self._skipped):
+            if journal is not None:
+                journal.forget_after(step)
+
     def state(self, consumed_samples: int) -> dict[str, Any]:
         """The data cursor for a checkpoint: JSON."""
         return self._cursor.state(consumed_samples) | {"skipped_samples": self.skipped_samples}

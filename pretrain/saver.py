@@ -1,75 +1,133 @@
-"""When a run saves, and how it finds its way back."""
+"""When a run saves, what a save that fails does to it, and how it finds its way back."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..configs.errors import UsageError
+from ..configs.errors import RunError, UsageError
 from ..configs.schema import Config
-from ..parallel import checkpoint
 from ..parallel.engine import Engine
-from .progress import Progress
-from .run_data import RunData
+from .checkpoints import folder, loading
+from .checkpoints.loading import Found
+from .checkpoints.saving import CheckpointWriter, Saved
 
 logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves at an interval and at the end; restores the newest checkpoint of the run's directory."""
+    """Saves beside the training; finds the newest checkpoint that is whole. Every rank calls the same methods."""
 
-    def __init__(self, config: Config, engine: Engine, data: RunData) -> None:
-        self._config, self._engine, self._data = config, engine, data
+    def __init__(self, config: Config, engine: Engine, fence: Callable[[], None] = lambda: None) -> None:
+        """``fence`` raises RunError where this run may no longer write in its folder."""
+        self._config, self._engine = config, engine
         self._root = config.checkpoint_directory
-        self._saved_step: int | None = None
+        self._writer = CheckpointWriter(self._root, engine, config.checkpoint, fence)
+        self._step: int | None = None
+        """The step of the newest checkpoint that is complete or being written."""
+        self._failures = 0
 
     def newest(self) -> Path | None:
         """The newest checkpoint on disk."""
-        return checkpoint.newest(self._root)
+        return folder.newest(self._root)
 
-    def restore(self) -> tuple[Path, Progress] | None:
-        """Load the newest checkpoint, if there is one; returns it and how far it had come.
+    def find(self) -> Found | None:
+        """The newest checkpoint that is whole, if there is one, after a check that it is one of this model.
 
         Raises:
-            UsageError: it belongs to another model, or to other data without ``data.on_change=accept``.
-            RunError: it is damaged.
+            UsageError: it belongs to another model.
+            RunError: it is damaged, and ``checkpoint.on_damage`` is ``stop``, or none is whole.
         """
-        found = checkpoint.find(self._root)
-        if found is None:
-            return None
-        path, state = found
-        _check_same_model(path, state["model"], self._model())
-        self._data.restore(state["data"])
-        _check_same(path, "precision.compute", state["compute"], self._config.precision.compute)
-        checkpoint.load(path, self._engine)
-        progress = Progress(**state["progress"])
-        self._saved_step = progress.step
-        return path, progress
+        found = loading.find(self._root, self._engine.topology, self._config.checkpoint)
+        if found is not None:
+            _check_same_model(found.path, found.run["model"], self._model())
+            _check_same(found.path, "precision.compute", found.run["compute"], self._config.precision.compute)
+        return found
+
+    def load(self, found: Found) -> None:
+        """Bring the engine to where ``found`` was saved."""
+        loading.load(found, self._engine)
+        self._step = folder.step_of(found.path)
 
     def is_due(self, step: int) -> bool:
         """Whether step ``step`` ends with a save at the interval."""
         interval = self._config.checkpoint.interval
         return interval > 0 and step % interval == 0
 
-    def save(self, progress: Progress) -> Path | None:
-        """Write a checkpoint at this point of the run, unless it is there already."""
-        step = progress.step
-        if step == self._saved_step:
-            return None
-        path = checkpoint.save(self._root, step, self._engine, self._state(progress), self._config.checkpoint.keep)
-        self._saved_step = step
-        logger.info("saved %s", path)
-        return path
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writer.pending
 
-    def _state(self, progress: Progress) -> dict[str, Any]:
-        return {
-            "progress": asdict(progress),
-            "compute": self._config.precision.compute,
-            "data": self._data.state(progress.samples),
-            "model": self._model(),
-        }
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes files of one."""
+        return self._writer.busy
+
+    def begin(self, step: int, state: dict[str, Any]) -> Saved | None:
+        """Begin to write a checkpoint of this point, unless there is one; returns what was finished meanwhile.
+
+        Raises:
+            RunError: it cannot be begun, and ``checkpoint.on_failure`` says that this ends the run.
+        """
+        if step == self._step:
+            return None
+        finished = self.finish()
+        try:
+            self._writer.begin(step, self._own(state))
+        except RunError as error:
+            self._failed(error)
+            return finished
+        self._step = step
+        return finished if self._config.checkpoint.background else self.finish()
+
+    def finish(self) -> Saved | None:
+        """Complete the checkpoint that is being written, if one is.
+
+        Raises:
+            RunError: it cannot be, and ``checkpoint.on_failure`` says that this ends the run.
+        """
+        try:
+            saved = self._writer.finish()
+        except RunError as error:
+            self._step = None
+            self._failed(error)
+            return None
+        if saved is not None:
+            self._failures = 0
+            logger.info(
+                "saved %s: %.1f MB in %.2f s, for %.3f s of which training waited",
+                saved.path, saved.bytes / 1e6, saved.total_s, saved.stall_s,
+            )  # fmt: skip
+        return saved
+
+    def save_last(self, step: int, state: dict[str, Any]) -> Saved | None:
+        """Write a checkpoint of this point and wait for it, unless there is one: a run must not end without it.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        finished = self.finish()
+        if step == self._step:
+            return finished
+        self._writer.begin(step, self._own(state))
+        saved = self._writer.finish()
+        self._step = step
+        return saved
+
+    def _failed(self, error: RunError) -> None:
+        self._failures += 1
+        settings = self._config.checkpoint
+        if settings.on_failure == "stop":
+            raise error
+        if self._failures >= settings.failure_budget:
+            raise RunError(f"{error}; it is the {self._failures}th failure in a row (checkpoint.failure_budget)")
+        logger.warning("%s; the run goes on (checkpoint.on_failure=continue)", error)
+
+    def _own(self, state: dict[str, Any]) -> dict[str, Any]:
+        return {"compute": self._config.precision.compute, "model": self._model(), **state}
 
     def _model(self) -> dict[str, Any]:
         return self._config.model.model_dump(mode="json")

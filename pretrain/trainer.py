@@ -3,217 +3,303 @@
 from __future__ import annotations
 
 import logging
+import math
+import socket
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import suppress
 
-from ..configs.checks import check_layout
-from ..configs.errors import RunError
-from ..configs.loading import dump_config, set_vocabulary
-from ..configs.ramps import StepShape, shape_after, shapes_of
+from ..configs.errors import RunError, UsageError
+from ..configs.ramps import StepShape, shape_after
 from ..configs.schema import Config
-from ..data_pipeline.opening import PreparedData, read_prepared
-from ..models.build import build_chunks, local_parameters
-from ..parallel.engine import Engine, StepResult
-from ..parallel.topology import Topology, build_topology, join, leave, leave_topology, sum_over_pipeline
-from .banner import banner
-from .console import Console, duration
-from .metrics import Metrics, StepMetrics
+from ..data_pipeline.opening import PreparedData
+from ..models.build import build_chunks
+from ..parallel.agreement import from_every_rank, largest
+from ..parallel.control_store import all_meet, connect
+from ..parallel.engine import Engine
+from ..parallel.microbatch import Microbatch
+from ..parallel.topology import Topology
+from .checkpoints.loading import Found
 from .place import Place
 from .progress import Progress
+from .reporter import Reporter
 from .run_data import RunData
+from .run_lock import RunLock
 from .saver import Saver
+from .stopping import Stop, StopRequests
+from .watch.judge import Judge, Judgement
+from .watch.pulse import Pulse
+from .watch.stragglers import Stragglers
 
 logger = logging.getLogger(__name__)
-
-TRAINING_FLOPS = 3.0
-"""Operations of a training step as multiples of its forward pass: each product has two gradients."""
 
 SLOW_INTERVAL = 10
 """Steps between records of what moves slowly: lambda, of which each record is a small sum over the pipeline, and the
 shares of the data's sources."""
 
-
-def pretrain(config: Config, place: Place) -> None:
-    """One rank's whole run, from joining the process group to leaving it.
-
-    Raises:
-        UsageError: the configuration does not fit the ranks, the data or the run's checkpoint.
-        RunError: the run cannot go on.
-    """
-    prepared = read_prepared(config.data)
-    config = set_vocabulary(config, prepared.vocabulary_size)
-    layout = check_layout(config, place.world_size)
-    topology = build_topology(layout, join(place.rank, place.world_size, place.local_rank))
-    Trainer(config, topology, place, prepared).run()
-    leave_topology()
-    leave()
+EMERGENCY_S = 10.0
+"""How long a rank that fails waits for the others to come to the same point, where all could still save."""
 
 
 class Trainer:
     """One rank's part in a run."""
 
-    def __init__(self, config: Config, topology: Topology, place: Place, prepared: PreparedData) -> None:
-        self.config, self.topology, self.place = config, topology, place
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        place: Place,
+        prepared: PreparedData,
+        *,
+        pulse: Pulse | None = None,
+        lock: RunLock | None = None,
+        requests: StopRequests | None = None,
+    ) -> None:
+        """``lock`` is held by rank 0 alone; ``pulse`` is what a watchdog reads; ``requests`` may stop the run."""
+        self.config, self.topology = config, topology
+        self.pulse = pulse or Pulse()
         self.data = RunData(config, topology, prepared)
-        self.chunks = build_chunks(config, topology)
-        self.engine = Engine(self.chunks, config, topology)
-        self.saver = Saver(config, self.engine, self.data)
+        chunks = build_chunks(config, topology)
+        self.engine = Engine(chunks, config, topology)
+        self.saver = Saver(config, self.engine, lock.check if lock else lambda: None)
+        self.reporter = Reporter(config, topology, place, chunks, self.data)
+        self.judge = Judge(config.watch)
+        self.requests = requests or StopRequests(None, None)
+        self.stragglers = Stragglers(config.watch.straggler_ratio, from_every_rank(socket.gethostname(), topology))
         self.progress = Progress()
-        self.validation_losses: list[float] = []
-        self.flops_per_token = {length: self._model_flops(length) for length in self._lengths()}
-
-    def run(self) -> None:
-        """Train to ``train.steps``, from the newest checkpoint of the run's directory if it has one."""
-        try:
-            self._run()
-        except BaseException:
-            # A reader may hang in a file system that does not answer, while the other ranks wait for this one to end.
-            self.data.close(wait=False)
-            raise
-        self.data.close()
-        self.engine.close()
-
-    def _run(self) -> None:
-        restored = self.saver.restore()
-        if restored is not None:
-            self.progress = restored[1]
-        self._open(restored[0] if restored else None)
-        started, first = time.perf_counter(), self.progress
-        if self.step == 0:
-            self._evaluate()
-        while self.step < self.config.train.steps:
-            self._train_step()
-            if self._evaluation_is_due():
-                self._evaluate()
-            if self.saver.is_due(self.step):
-                self._save()
-        self._save()
-        self._close(time.perf_counter() - started, first)
+        self.stop = Stop.NONE
+        self._intact = False
 
     @property
     def step(self) -> int:
         """Steps done."""
         return self.progress.step
 
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.config.train.steps
+
+    def run(self) -> None:
+        """Train to ``train.steps``, from the newest checkpoint of the run's directory if it has one, or until ``stop``.
+
+        After an exception that leaves the model whole on every rank, what has been trained is saved first.
+        """
+        try:
+            self._run()
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._save_in_emergency(error)
+            # A reader may hang in a file system that does not answer, while the other ranks wait for this one to end.
+            self.data.close(wait=False)
+            self.reporter.close(self.step, f"failed: {error}")
+            raise
+        self.data.close()
+        self.engine.close()
+
+    def _run(self) -> None:
+        self._begin()
+        started = time.perf_counter()
+        if self.step == 0:
+            self._evaluate()
+        while not self.finished and not self.stop:
+            self._train_step()
+            if self._evaluation_is_due():
+                self._evaluate()
+            self._agree()
+            if self.saver.is_due(self.step):
+                self._begin_save()
+        self._save_last()
+        self._end(time.perf_counter() - started)
+
+    def _begin(self) -> None:
+        self.pulse.enter("load", 0)
+        found = self.saver.find()
+        if found is not None:
+            self.data.restore(found.run["data"])
+            self.saver.load(found)
+            self.judge.restore(found.run["watch"])
+            self.progress = Progress(**found.run["progress"])
+        productive_s = float(found.run["productive_s"]) if found else 0.0
+        self.reporter.open(self.progress, productive_s, found.path if found else None)
+        if not self.finished:
+            self.data.open_records(self.step)
+        self.pulse.step_done(self.step)
+        self._intact = True
+
     def _train_step(self) -> None:
         started, waited = time.perf_counter(), self.data.waited
-        consumed = self.progress.samples
-        shape = shape_after(self.config.train, consumed)
-        result = self.engine.train_step(self.data.training(consumed, self.step + 1), shape)
+        shape = shape_after(self.config.train, self.progress.samples)
+        self.engine.measures_work = self._work_is_measured()
+        loss, grad_norm = self._compute(shape)
+        judgement = self.judge.judge(loss, grad_norm)
+        skips = judgement.action == "skip"
+        if judgement.action in ("roll_back", "stop"):
+            self._refuse(judgement, shape)
+            return
+        self.pulse.enter("optimizer", self.step + 1)
+        self._intact = skips
+        learning_rate = self.engine.skip_update() if skips else self.engine.update(grad_norm)
         self.progress = self.progress.after(shape)
-        if not result.finite:
-            raise RunError(
-                f"step {self.step} is not finite (loss {result.loss:g}, gradient norm {result.grad_norm:g}): lower "
-                f"optimizer.learning_rate={self.config.optimizer.learning_rate:g} or optimizer.clip_grad="
-                f"{self.config.optimizer.clip_grad:g}; the same command continues from the newest checkpoint"
-            )
-        self._record(result, shape, time.perf_counter() - started, self.data.waited - waited)
+        self._intact = True
+        if judgement.reason is not None:
+            self._note(judgement, shape)
+        numbers = {"loss": loss, "grad_norm": grad_norm, "lr": learning_rate}
+        seconds, waited = time.perf_counter() - started, self.data.waited - waited
+        self.reporter.step(self.progress, shape, numbers, seconds=seconds, waited=waited, skipped=skips)
+        self._report_more()
+        self.pulse.step_done(self.step)
 
-    def _record(self, result: StepResult, shape: StepShape, seconds: float, waited: float) -> None:
-        flops = self.flops_per_token[shape.sequence_length] * shape.tokens
-        metrics = StepMetrics(
-            step=self.step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr=result.learning_rate,
-            tokens=self.progress.tokens,
-            consumed_samples=self.progress.samples,
-            batch_size=shape.samples,
-            sequence_length=shape.sequence_length,
-            step_time_s=seconds,
-            data_time_s=waited,
-            tokens_per_s=shape.tokens / seconds,
-            tflops_per_rank=flops / seconds / self.topology.layout.world_size / 1e12,
+    def _compute(self, shape: StepShape) -> tuple[float, float]:
+        """Loss and gradient norm of the next step, whose gradients are then in the engine.
+
+        Numbers that are not finite are computed a second time: a fault of the hardware does not repeat itself.
+        """
+        taken: list[Microbatch] = []
+        step, samples = self.step + 1, self.progress.samples
+        batches = self._watched(self.data.training(samples, step), taken)
+        loss, grad_norm = self.engine.compute_gradients(batches, shape), self.engine.gradient_norm()
+        if self.config.watch.rerun_nonfinite and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            before = f"loss {loss:g} and gradient norm {grad_norm:g}"
+            self.pulse.enter("forward and backward", step)
+            loss, grad_norm = self.engine.compute_gradients(iter(taken), shape), self.engine.gradient_norm()
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                logger.warning("step %d gave %s, and computed again finite numbers: suspect a device", step, before)
+                self.reporter.event("not reproduced", step, first=before, loss=loss, grad_norm=grad_norm)
+        return loss, grad_norm
+
+    def _watched(self, batches: Iterator[Microbatch], taken: list[Microbatch]) -> Iterator[Microbatch]:
+        """The step's microbatches, noted in ``taken``, while the watchdog is told what this rank does."""
+        step = self.step + 1
+        self.pulse.enter("data", step)
+        for batch in batches:
+            taken.append(batch)
+            self.pulse.enter("forward and backward", step)
+            yield batch
+            self.pulse.enter("data", step)
+        self.pulse.enter("forward and backward", step)
+
+    def _refuse(self, judgement: Judgement, shape: StepShape) -> None:
+        """What a step comes to that neither changes the model nor is passed over."""
+        if judgement.action == "roll_back":
+            self._go_back(judgement, shape)
+            return
+        self._intact = False  # these parameters are not worth a checkpoint
+        rate, clip = self.config.optimizer.learning_rate, self.config.optimizer.clip_grad
+        raise RunError(
+            f"step {self.step + 1}: {judgement.reason}: lower optimizer.learning_rate={rate:g} or "
+            f"optimizer.clip_grad={clip:g}, or change watch; the same command continues from the newest checkpoint"
         )
-        logger.info("step %d: loss %.6f, grad norm %.4f", metrics.step, metrics.loss, metrics.grad_norm)
-        if self.metrics is not None:
-            self.metrics.step(metrics)
-        if self.step % SLOW_INTERVAL == 0:
-            self._record_slow()
-        self.console.step(metrics)
 
-    def _record_slow(self) -> None:
-        lambdas = self._lambdas()
-        if self.metrics is not None:
-            values = {f"diff/lambda/layer_{layer:02d}": value for layer, value in lambdas.items()}
-            values |= self.data.mixture_values(self.progress.samples)
-            self.metrics.values(self.step, values | {"data/skipped_samples": float(self.data.skipped_samples)})
+    def _go_back(self, judgement: Judgement, shape: StepShape) -> None:
+        """Return to the newest checkpoint, and leave out the samples that were read since."""
+        self.pulse.enter("load", self.step)
+        self.reporter.saved(self.saver.finish())
+        found = self.saver.find()
+        if found is None:
+            raise RunError(
+                f"step {self.step + 1}: {judgement.reason}, and there is no checkpoint to go back to: lower "
+                f"checkpoint.interval={self.config.checkpoint.interval}, or set watch to skip such steps"
+            )
+        self._intact = False
+        left = self._continue_from(found, self.progress.samples + shape.samples)
+        self._intact = True
+        logger.warning(
+            "step %d: %s: back to %s, and %d samples are left out", left + 1, judgement.reason, found.path.name,
+            self.progress.samples - int(found.run["progress"]["samples"]),
+        )  # fmt: skip
+
+    def _continue_from(self, found: Found, samples: int) -> int:
+        """Load ``found`` and read on at ``samples``; returns the step at which the run was."""
+        left, then = self.step, Progress(**found.run["progress"])
+        self.saver.load(found)
+        self.judge.restore(found.run["watch"], counts=False)
+        self.progress = Progress(then.step, samples, then.tokens)
+        self.reporter.go_back(then, float(found.run["productive_s"]))
+        self.data.go_back(then.step)
+        self.reporter.event("went back", left + 1, to=then.step, left_out=[then.samples, samples])
+        self.pulse.step_done(then.step)
+        return left
+
+    def _note(self, judgement: Judgement, shape: StepShape) -> None:
+        what = {"skip": "skipped", "accept": "spike"}[judgement.action]
+        first = self.progress.samples - shape.samples
+        logger.warning("step %d %s: %s", self.step, what, judgement.reason)
+        names = self.data.names(first, shape.samples)
+        self.reporter.event(what, self.step, reason=judgement.reason, after_samples=first, samples=names)
+
+    def _work_is_measured(self) -> bool:
+        interval = self.config.watch.straggler_interval
+        return interval > 0 and (self.step + 1) % interval == 0
+
+    def _report_more(self) -> None:
+        if self.engine.measures_work:
+            spread = self.stragglers.see(self.step, from_every_rank(self.engine.own_work_s, self.topology))
+            self.reporter.values(self.step, spread.values())
+        if self.step % SLOW_INTERVAL == 0:
+            self.reporter.slow(self.progress, self.judge.counters())
 
     def _evaluation_is_due(self) -> bool:
         interval = self.config.evaluation.interval
-        last = self.step == self.config.train.steps
-        return interval > 0 and (self.step % interval == 0 or last)
+        return interval > 0 and (self.step % interval == 0 or self.finished)
 
     def _evaluate(self) -> None:
         if self.config.evaluation.interval == 0:
             return
         count = self.config.evaluation.batches * self.topology.layout.num_microbatches
-        loss = self.engine.evaluate(self.data.validation(self.step), count)
-        self.validation_losses.append(loss)
-        if self.metrics is not None:
-            self.metrics.evaluation(self.step, self.progress.samples, loss)
-        self.console.say(f"step {self.step}: validation loss {loss:.4f}")
+        loss = self.engine.evaluate(self._pulsed(self.data.validation(self.step)), count)
+        self.reporter.evaluation(self.progress, loss)
 
-    def _save(self) -> None:
-        if self.metrics is not None:
-            self.metrics.flush()
-        self.saver.save(self.progress)
+    def _pulsed(self, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
+        self.pulse.enter("evaluation", self.step)
+        for batch in batches:
+            self.pulse.enter("evaluation", self.step)
+            yield batch
 
-    def _open(self, resumed_from: Path | None) -> None:
-        directory, first = self.config.run.directory, self.topology.rank == 0
-        parameters = self._stage_parameters()
-        self.console = Console(self.config.train.steps, self.step, enabled=first)
-        self.metrics: Metrics | None = None
-        if first and self.step < self.config.train.steps:
-            directory.mkdir(parents=True, exist_ok=True)
-            resolved = dump_config(self.config)
-            (directory / "config.yaml").write_text(resolved)
-            self.metrics = Metrics(directory, resolved, self.step, self.progress.samples)
-        if self.step < self.config.train.steps:
-            self.data.open_records(self.step)
-        self.console.say(banner(self.config, self.topology, self.place, parameters, self.data.describe(), resumed_from))
+    def _agree(self) -> None:
+        """Let the ranks know of each other's requests to stop, and complete a checkpoint that all have written."""
+        self.pulse.enter("agreement", self.step)
+        stop, busy = largest([self.requests.seen(), self.saver.busy], self.topology)
+        self.stop = Stop(stop)
+        if self.saver.pending and not busy:
+            self.reporter.saved(self.saver.finish())
 
-    def _close(self, seconds: float, first: Progress) -> None:
-        self.console.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        self.console.say(self._summary(seconds, first))
+    def _begin_save(self) -> None:
+        self.pulse.enter("save", self.step)
+        self.reporter.flush()
+        self.reporter.saved(self.saver.begin(self.step, self._state()))
 
-    def _summary(self, seconds: float, first: Progress) -> str:
-        directory, train = self.config.run.directory, self.config.train
-        steps, tokens = self.step - first.step, self.progress.tokens - first.tokens
-        if steps == 0:
-            done = f"nothing to do: all {train.steps} steps were done before; raise train.steps to train further"
-        else:
-            done = f"{steps} step{'s' if steps > 1 else ''}, {tokens:,} tokens in {duration(seconds)}"
-        lines = ["finished: " + done]
-        if self.validation_losses:
-            ends = [self.validation_losses[0], *self.validation_losses[1:][-1:]]
-            lines.append(f"  validation   loss {' -> '.join(f'{loss:.3f}' for loss in ends)} nats per token")
-        if self.data.skipped_samples:
-            lines.append(f"  damaged      {self.data.skipped_samples} samples replaced: {directory / 'skipped.jsonl'}")
-        lines += [
-            f"  metrics      {directory / 'metrics.jsonl'}",
-            f"  TensorBoard  tensorboard --logdir {directory}",
-            f"  checkpoint   {self.saver.newest()}",
-        ]
-        return "\n".join(lines)
+    def _save_last(self) -> None:
+        self.pulse.enter("save", self.step)
+        self.reporter.flush()
+        self.reporter.saved(self.saver.save_last(self.step, self._state()))
 
-    def _stage_parameters(self) -> list[int]:
-        stage = self.topology.pipeline_rank
-        own = {stage: float(local_parameters(self.chunks))}
-        counts = sum_over_pipeline(own, self.topology.layout.pipeline, self.topology)
-        return [round(count) for count in counts]
+    def _save_in_emergency(self, error: Exception) -> None:
+        """Save once more if every rank has come to this point with a whole model.
 
-    def _lengths(self) -> list[int]:
-        return sorted({shape.sequence_length for shape in shapes_of(self.config.train)})
+        They do where all fail alike; where one fails alone, the others wait for it in a collective and will not come.
+        A lost connection is the end of another rank, which cannot come either.
+        """
+        lost = isinstance(error, RuntimeError) and not isinstance(error, RunError)
+        if lost or isinstance(error, UsageError) or not self._intact:
+            return
+        with suppress(Exception):
+            store = connect()
+            place = f"trine/emergency/{self.step}"
+            if store is None or all_meet(store, place, self.topology.layout.world_size, EMERGENCY_S):
+                self._save_last()
+                logger.warning("the run fails, and step %d was saved before: %s", self.step, self.saver.newest())
 
-    def _model_flops(self, sequence_length: int) -> float:
-        forward = sum(chunk.flops_per_token(sequence_length) for chunk in self.chunks)
-        return TRAINING_FLOPS * sum_over_pipeline({0: forward}, 1, self.topology)[0]
+    def _state(self) -> dict[str, object]:
+        return {
+            "progress": vars(self.progress),
+            "data": self.data.state(self.progress.samples),
+            "watch": self.judge.state(),
+            "productive_s": self.reporter.productive_s,
+            "config": self.config.model_dump(mode="json", exclude_none=True),
+        }
 
-    def _lambdas(self) -> dict[int, float]:
-        plans = self.chunks[0].plans
-        own = {layer: value for chunk in self.chunks for layer, value in chunk.lambdas().items()}
-        values = sum_over_pipeline(own, len(plans), self.topology)
-        return {plan.index: values[plan.index] for plan in plans if plan.has_lambda}
+    def _end(self, seconds: float) -> None:
+        how = "finished" if self.finished else f"stopped at step {self.step}, since {self.stop.reason}"
+        self.reporter.close(self.step, how)
+        self.reporter.say(self.reporter.summary(self.progress, seconds, how, self.saver.newest()))

@@ -17,7 +17,7 @@ MIXERS = (
     "attention, sliding_window, differential, differential_v2, retention, gated_retention, cross_attention, "
     "differential_cross_attention"
 )
-SECTIONS = "model, parallel, train, optimizer, precision, data, evaluation, checkpoint, run"
+SECTIONS = "model, parallel, train, optimizer, precision, data, evaluation, checkpoint, watch, run"
 
 NO_SPLIT = "is not one of balanced, even, nor a list of the layers of each chunk such as [3, 5]"
 
@@ -28,7 +28,7 @@ UNKNOWN_KEYS = {
     "train.learning_rate=3": "train.learning_rate is not a key; did you mean optimizer.learning_rate?",
     "train.interval=3": "train.interval is not a key; did you mean evaluation.interval or checkpoint.interval?",
     "train.lr=3": "train.lr is not a key; the keys of train are steps, global_batch_size, batch_ramp, micro_batch_size, "
-    "sequence_length, sequence_ramp, document_masking, recompute, seed",
+    "sequence_length, sequence_ramp, document_masking, recompute, seed, deterministic, max_wall_time",
     "zzz=1": f"zzz is not a key; the keys of the configuration are {SECTIONS}",
     "model.stack.0.hedas=3": "model.stack.0.hedas is not a key of mixer gated_retention; "
     "did you mean model.stack.0.heads?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from training import config_of
 from trine.configs.errors import RunError
 from trine.configs.layouts import parse_layout, under_layout
 from trine.launch.pool import RankPool
-from trine.parallel import checkpoint
+from trine.pretrain.checkpoints import folder
+from trine.pretrain.checkpoints.manifest import DamageError, verify
 from trine.pretrain.parity_pieces import whole
 
 pytestmark = pytest.mark.timeout(300)
@@ -49,7 +51,7 @@ def uninterrupted(ranks: RankPool) -> list[dict[str, Any]]:
 def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoints")
     train(ranks, SAVED_RANKS, SAVED, steps=3, save=str(root))
-    found = checkpoint.newest(root)
+    found = folder.newest(root)
     assert found is not None
     assert found.name == "step-00000003"
     return found
@@ -64,7 +66,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     ranks: RankPool, saved: Path, uninterrupted: list[dict[str, Any]], world_size: int, parallel: dict[str, Any]
 ) -> None:
     """Losses and norms within 1e-6 of fp32 sums in another order; wrong Adam step counts would show at 1e-4."""
-    resumed = train(ranks, world_size, parallel, steps=2, load=str(saved))
+    resumed = train(ranks, world_size, parallel, steps=2, load=str(saved.parent))
     assert resumed[0]["losses"] == pytest.approx(uninterrupted[0]["losses"][3:], rel=2e-6)
     assert resumed[0]["grad_norms"] == pytest.approx(uninterrupted[0]["grad_norms"][3:], rel=1e-5)
     ours, theirs = whole(resumed, "parameters"), whole(uninterrupted, "parameters")
@@ -89,9 +91,9 @@ def test_a_run_that_changes_its_layout_at_every_step(ranks: RankPool, tmp_path: 
     for name in CHAIN:
         layout = parse_layout(name)
         raw = under_layout(config, layout).model_dump(mode="json", exclude_none=True)
-        load = checkpoint.newest(tmp_path)
+        load = folder.newest(tmp_path)
         last = ranks.run(
-            "training:train", layout.world_size, config=raw, steps=1, load=load and str(load), save=str(tmp_path)
+            "training:train", layout.world_size, config=raw, steps=1, load=load and str(tmp_path), save=str(tmp_path)
         )
         losses += last[0]["losses"]
         norms += last[0]["grad_norms"]
@@ -116,7 +118,7 @@ def test_tied_embedding_survives(
     config = config_of(STACK, parallel=parallel, model=model).model_dump(mode="json", exclude_none=True)
     uninterrupted = ranks.run("training:train", world_size, config=config, steps=5)
     ranks.run("training:train", world_size, config=config, steps=3, save=str(tmp_path))
-    resumed = ranks.run("training:train", world_size, config=config, steps=2, load=str(checkpoint.newest(tmp_path)))
+    resumed = ranks.run("training:train", world_size, config=config, steps=2, load=str(tmp_path))
     assert resumed[0]["losses"] == uninterrupted[0]["losses"][3:]
     ours, theirs = whole(resumed, "parameters"), whole(uninterrupted, "parameters")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -128,7 +130,7 @@ def test_learning_rate_continues(ranks: RankPool, tmp_path: Path, schedule: str)
     config = config_of(STACK, optimizer=optimizer).model_dump(mode="json", exclude_none=True)
     (uninterrupted,) = ranks.run("training:train", 1, config=config, steps=5)
     ranks.run("training:train", 1, config=config, steps=3, save=str(tmp_path))
-    path = str(checkpoint.newest(tmp_path))
+    path = str(tmp_path)
     (resumed,) = ranks.run("training:train", 1, config=config, steps=2, load=path)
     assert resumed["learning_rates"] == uninterrupted["learning_rates"][3:]
     assert len(set(uninterrupted["learning_rates"])) > 3
@@ -143,7 +145,7 @@ def test_bf16_run_resumes(ranks: RankPool, tmp_path: Path) -> None:
     pipeline: dict[str, Any] = {"pipeline": 2}
     uninterrupted = train(ranks, 2, pipeline, "bf16", steps=5)
     train(ranks, 2, pipeline, "bf16", steps=3, save=str(tmp_path))
-    path = str(checkpoint.newest(tmp_path))
+    path = str(tmp_path)
     same = train(ranks, 2, pipeline, "bf16", steps=2, load=path)
     assert same[0]["losses"] == uninterrupted[0]["losses"][3:]
     assert same[0]["grad_norms"] == uninterrupted[0]["grad_norms"][3:]
@@ -176,46 +178,121 @@ def flip_byte(path: Path) -> None:
 def test_flipped_bit_is_found(copy: Path) -> None:
     damaged = next(copy.glob("*.distcp"))
     flip_byte(damaged)
-    with pytest.raises(RunError, match=rf"is damaged: {damaged.name} differs from what was written; remove"):
-        checkpoint.verify(copy)
+    with pytest.raises(DamageError, match=rf"is damaged: {damaged.name} differs from what was written"):
+        verify(copy)
 
 
-def test_missing_file_is_found(copy: Path) -> None:
-    (copy / "common.pt").unlink()
-    with pytest.raises(RunError, match=r"is damaged: common\.pt is missing; remove .* to continue"):
-        checkpoint.verify(copy)
+def test_cut_and_missing_files_are_found(copy: Path) -> None:
+    damaged = next(copy.glob("*.distcp"))
+    size = damaged.stat().st_size
+    os.truncate(damaged, size - 1)
+    with pytest.raises(DamageError, match=rf"{damaged.name} has {size - 1:,} bytes instead of {size:,}"):
+        verify(copy)
+    damaged.unlink()
+    with pytest.raises(DamageError, match=rf"is damaged: {damaged.name} is missing"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 3}', '{"format": 3, "files": {"../../x": {"bytes": 1}}}'])
+def test_a_manifest_that_says_nothing_is_damage(copy: Path, text: str) -> None:
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(DamageError, match=r"is damaged: manifest\.json cannot be understood"):
+        verify(copy)
+
+
+def test_a_manifest_must_vouch_for_what_is_unpickled(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["files"][".metadata"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DamageError, match=r"does not list \.metadata"):
+        verify(copy)
 
 
 def test_missing_or_foreign_manifest(copy: Path) -> None:
     manifest = copy / "manifest.json"
     manifest.write_text(json.dumps({"format": 99, "files": {}}))
-    with pytest.raises(RunError, match=r"has format 99; this version reads format 2"):
-        checkpoint.verify(copy)
+    with pytest.raises(RunError, match=r"has format 99; this version of trine reads format 3"):
+        verify(copy)
     manifest.unlink()
-    with pytest.raises(RunError, match=r"has no readable manifest\.json"):
-        checkpoint.verify(copy)
+    with pytest.raises(DamageError, match=r"is damaged: manifest\.json is missing"):
+        verify(copy)
 
 
-def test_damaged_checkpoint_fails_on_every_rank_before_it_is_opened(ranks: RankPool, copy: Path) -> None:
-    flip_byte(copy / "common.pt")
-    config = config_of(STACK, parallel={"pipeline": 2}).model_dump(mode="json", exclude_none=True)
-    told = ranks.run("training:error_of_loading", 2, config=config, load=str(copy))
-    assert all("is damaged: common.pt differs from what was written" in sentence for sentence in told)
+def loading_of(root: Path, ranks: RankPool, parallel: dict[str, Any], **settings: Any) -> str:
+    """What all of two ranks say of the checkpoints in ``root``."""
+    config = config_of(STACK, parallel=parallel, checkpoint=settings).model_dump(mode="json", exclude_none=True)
+    (told,) = set(ranks.run("training:error_of_loading", 2, config=config, load=str(root)))
+    return str(told)
+
+
+@pytest.mark.parametrize("damaged", ["state.json", ".metadata", "__5_0.distcp", "manifest.json"])
+def test_the_checkpoint_before_a_damaged_one_is_used(ranks: RankPool, copy: Path, damaged: str) -> None:
+    """Which of two ranks reads the damaged file does not matter; what is damaged is never opened."""
+    newer = Path(shutil.copytree(copy, copy.with_name("step-00000004")))
+    flip_byte(newer / damaged) if damaged != "manifest.json" else (newer / damaged).unlink()
+    assert loading_of(copy.parent, ranks, {"pipeline": 2}) == "loaded step-00000003"
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["step-00000003", "step-00000004.damaged"]
+
+
+def test_a_damaged_checkpoint_ends_the_run_where_asked(ranks: RankPool, copy: Path) -> None:
+    shutil.copytree(copy, copy.with_name("step-00000004"))
+    flip_byte(copy.with_name("step-00000004") / "state.json")
+    told = loading_of(copy.parent, ranks, {}, on_damage="stop")
+    assert "step-00000004 is damaged: state.json differs from what was written; remove it" in told
+
+
+def test_a_run_does_not_begin_anew_where_every_checkpoint_is_damaged(ranks: RankPool, copy: Path) -> None:
+    flip_byte(copy / "tensors.json")
+    for _ in range(2):
+        assert "is whole: repair or remove the damaged ones" in loading_of(copy.parent, ranks, {})
 
 
 def test_checkpoint_of_another_model_is_refused(ranks: RankPool, saved: Path) -> None:
     wider = config_of(STACK, model={"ffn_hidden_size": 96}).model_dump(mode="json", exclude_none=True)
-    (told,) = ranks.run("training:error_of_loading", 1, config=wider, load=str(saved))
+    (told,) = ranks.run("training:error_of_loading", 1, config=wider, load=str(saved.parent))
     assert "does not hold this model" in told
 
 
 def test_unfinished_checkpoint_does_not_exist(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "step-00000009.writing")
-    assert checkpoint.newest(tmp_path) is None
-    assert checkpoint.newest(tmp_path / "nowhere") is None
+    assert folder.newest(tmp_path) is None
+    assert folder.newest(tmp_path / "nowhere") is None
 
 
 def test_only_the_newest_are_kept(ranks: RankPool, tmp_path: Path) -> None:
     for first in range(3):
         train(ranks, 1, {}, steps=1, first_step=first, save=str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    for step in (2, 4, 5, 6, 8, 10, 12):
+        folder.path_of(tmp_path, step).mkdir()
+    going = folder.superseded(tmp_path, keep=2, keep_every=4)
+    assert [folder.step_of(path) for path in going] == [2, 5, 6]
+    assert [folder.step_of(path) for path in folder.superseded(tmp_path, keep=3, keep_every=0)] == [2, 4, 5, 6]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(ranks: RankPool, saved: Path, tmp_path: Path) -> None:
+    """Each holds the state of the step after which it was begun, though the next step changed it at once."""
+    config = config_of(STACK, parallel=SAVED, optimizer={"schedule": "cosine"}, checkpoint={"keep": 9})
+    raw = config.model_dump(mode="json", exclude_none=True)
+    ranks.run("training:saves_while_training", SAVED_RANKS, config=raw, save=str(tmp_path))
+    assert [folder.step_of(path) for path in folder.complete(tmp_path)] == [1, 2, 3, 4, 5]
+    for path in folder.complete(tmp_path)[3:]:
+        shutil.rmtree(path)
+    ours, theirs = (
+        whole(train(ranks, SAVED_RANKS, SAVED, steps=0, load=str(root)), "parameters") for root in (tmp_path, saved.parent)
+    )  # fmt: skip
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_not_a_tensor_is_text(saved: Path) -> None:
+    """Nothing but torch's index of the tensors is pickled."""
+    assert {path.name for path in saved.iterdir() if path.suffix != ".distcp"} == {
+        ".metadata", "manifest.json", "random.npz", "state.json", "tensors.json"
+    }  # fmt: skip
+    state = json.loads((saved / "state.json").read_text())
+    assert state["optimizer"][0]["optimizer"]["param_groups"][0]["step"] == 3.0
+    shapes = json.loads((saved / "tensors.json").read_text())
+    assert shapes["layers.3.mixer.input.query"] == {"shape": [48, 48], "dtype": "float32"}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
+
+import torch
 
 from trine.configs.checks import check_layout
 from trine.configs.errors import RunError, UsageError
@@ -14,6 +18,15 @@ from trine.pretrain.place import Place
 from trine.pretrain.trainer import Trainer
 
 
+def trainer_of(rank: int, world_size: int, config: dict[str, Any]) -> Trainer:
+    """The trainer of one rank."""
+    run = Config.model_validate(config)
+    prepared = read_prepared(run.data)
+    run = set_vocabulary(run, prepared.vocabulary_size)
+    topology = build_topology(check_layout(run, world_size), local_device(rank))
+    return Trainer(run, topology, Place(rank, world_size, rank, world_size, "local"), prepared)
+
+
 def pretrain(rank: int, world_size: int, *, config: dict[str, Any], own_data: dict[str, str] | None = None) -> None:
     """One rank's part in a run: what it writes is the result.
 
@@ -21,11 +34,7 @@ def pretrain(rank: int, world_size: int, *, config: dict[str, Any], own_data: di
     """
     if own_data and str(rank) in own_data:
         config["data"]["directory"] = own_data[str(rank)]
-    run = Config.model_validate(config)
-    prepared = read_prepared(run.data)
-    run = set_vocabulary(run, prepared.vocabulary_size)
-    topology = build_topology(check_layout(run, world_size), local_device(rank))
-    Trainer(run, topology, Place(rank, world_size, rank, world_size, "local"), prepared).run()
+    trainer_of(rank, world_size, config).run()
 
 
 def refused(rank: int, world_size: int, *, config: dict[str, Any]) -> str:
@@ -35,3 +44,70 @@ def refused(rank: int, world_size: int, *, config: dict[str, Any]) -> str:
     except (UsageError, RunError) as error:
         return str(error)
     return "finished"
+
+
+def faulty(
+    rank: int, world_size: int, *, config: dict[str, Any], at: list[int], factor: float, times: int = 99
+) -> tuple[str, list[str]]:
+    """A run in which the last rank's gradients are multiplied by ``factor`` wherever a step begins after one of the
+    numbers of samples in ``at``, the first ``times`` times; what came of it, and the warnings."""
+    trainer, left = trainer_of(rank, world_size, config), [times]
+    compute = trainer.engine.compute_gradients
+
+    def faulty_gradients(*arguments: Any) -> float:
+        loss = compute(*arguments)
+        if rank == world_size - 1 and trainer.progress.samples in at and left[0] > 0:
+            left[0] -= 1
+            for chunk in trainer.engine.chunks:
+                for parameter in chunk.parameters():
+                    parameter.main_grad.mul_(factor)
+        return loss
+
+    trainer.engine.compute_gradients = faulty_gradients  # type: ignore[method-assign,assignment]
+    return _run(trainer)
+
+
+def slow(rank: int, world_size: int, *, config: dict[str, Any], seconds: float) -> tuple[str, list[str]]:
+    """A run whose last rank reads slowly; what came of it, and the warnings."""
+    trainer = trainer_of(rank, world_size, config)
+    training = trainer.data.training
+
+    def slow_training(*arguments: Any) -> Any:
+        for batch in training(*arguments):
+            time.sleep(seconds if rank == world_size - 1 else 0)
+            yield batch
+
+    trainer.data.training = slow_training  # type: ignore[method-assign]
+    return _run(trainer)
+
+
+def parameters(rank: int, world_size: int, *, config: dict[str, Any]) -> list[torch.Tensor]:
+    """The parameters of this rank in the newest checkpoint."""
+    trainer = trainer_of(rank, world_size, config)
+    found = trainer.saver.find()
+    assert found is not None
+    trainer.saver.load(found)
+    trainer.data.close()
+    trainer.engine.close()
+    return [p.detach().clone() for chunk in trainer.engine.chunks for p in chunk.parameters()]
+
+
+class _Warnings(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def _run(trainer: Trainer) -> tuple[str, list[str]]:
+    warnings = _Warnings()
+    logging.getLogger("trine").addHandler(warnings)
+    try:
+        trainer.run()
+    except RunError as error:
+        return str(error), warnings.lines
+    finally:
+        logging.getLogger("trine").removeHandler(warnings)
+    return "finished", warnings.lines

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from trine.configs.errors import RunError
-from trine.configs.schema import Config
-from trine.parallel import checkpoint
+from trine.configs.schema import Checkpoint, Config
+from trine.pretrain.checkpoints import loading
+from trine.pretrain.checkpoints.saving import CheckpointWriter
 from trine.pretrain.parity import ADAM_EPS, StepsOfRank, joined_engine, take_steps
 
 VOCABULARY = 200
@@ -37,24 +38,43 @@ def train(
     load: str | None = None,
     save: str | None = None,
 ) -> StepsOfRank:
-    """Train ``steps`` steps, from the checkpoint ``load`` if there is one, and ``save`` one at the end."""
+    """Train ``steps`` steps, from the newest checkpoint in ``load`` if it is given, and ``save`` one at the end."""
     with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
         if load is not None:
-            first_step = checkpoint.load(Path(load), engine)["steps"]
+            found = loading.find(Path(load), engine.topology, Checkpoint())
+            assert found is not None
+            loading.load(found, engine)
+            first_step = found.run["steps"]
         result = take_steps(engine, steps, first_step)
         if save is not None:
             last = first_step + steps
-            checkpoint.save(Path(save), last, engine, {"steps": last}, keep=2)
+            writer = CheckpointWriter(Path(save), engine, Checkpoint(keep=2))
+            writer.begin(last, {"steps": last})
+            writer.finish()
+    return result
+
+
+def saves_while_training(rank: int, world_size: int, *, config: dict[str, Any], save: str) -> StepsOfRank:
+    """Train 5 steps; a checkpoint is begun after each and finished only after the next one."""
+    run = Config.model_validate(config)
+    with joined_engine(rank, world_size, run) as engine:
+        writer = CheckpointWriter(Path(save), engine, run.checkpoint)
+        for step in range(5):
+            result = take_steps(engine, 1, step)
+            writer.finish()
+            writer.begin(step + 1, {"steps": step + 1})
+        writer.finish()
     return result
 
 
 def error_of_loading(rank: int, world_size: int, *, config: dict[str, Any], load: str) -> str:
-    """What this rank says of a checkpoint that it should refuse."""
-    with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+    """What this rank says of the newest checkpoint in ``load``, which it should refuse."""
+    run = Config.model_validate(config)
+    with joined_engine(rank, world_size, run) as engine:
         try:
-            found = checkpoint.find(Path(load).parent)
+            found = loading.find(Path(load), engine.topology, run.checkpoint)
             assert found is not None
-            checkpoint.load(found[0], engine)
+            loading.load(found, engine)
         except RunError as error:
             return str(error)
-    return "loaded"
+    return f"loaded {found.path.name}"

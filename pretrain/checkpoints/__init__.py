@@ -1,0 +1,1 @@
+"""Checkpoints on disk: written whole or not at all, and trusted only after their checksums agree."""
