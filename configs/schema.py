@@ -244,7 +244,7 @@ class Watch(Section):
     hang_seconds: NonNegativeFloat = 300.0
     """A rank that makes no progress for this long is named, and the run ends; 0 turns the watch off."""
     collective_timeout: PositiveFloat = 600.0
-    """Seconds after which torch gives up waiting for other ranks; ``hang_seconds`` must be less."""
+    """Seconds after which torch gives up waiting for other ranks; ``hang_seconds`` must be 40 less."""
     straggler_interval: NonNegativeInt = 10
     """Steps between measurements of how the ranks' own work spreads; 0 turns them off."""
     straggler_ratio: Annotated[float, Field(gt=1.0)] = 1.5

@@ -60,25 +60,35 @@ def _pretrain(config: Config, place: Place, log: RankLog) -> int:
     from ..pretrain.run import Outside, pretrain
 
     def tell(line: str) -> None:
-        print(f"trine: {line}", file=log.console, flush=True)
+        if not _is_told_by_launcher():
+            print(f"trine: {line}", file=log.console, flush=True)
 
-    return pretrain(config, place, Outside(tell, lambda error: _end(error, place, log), log.path))
+    return pretrain(config, place, Outside(tell, lambda error: _end(error, place, log, told=True), log.path))
 
 
-def _end(error: Exception, place: Place | None, log: RankLog | None) -> NoReturn:
+def _is_told_by_launcher() -> bool:
+    """Whether the launcher tells the user how its ranks ended."""
+    from .environment import LAUNCHED_LOCALLY
+
+    return LAUNCHED_LOCALLY in os.environ
+
+
+def _end(error: Exception, place: Place | None, log: RankLog | None, *, told: bool = False) -> NoReturn:
     """Tell the launcher, the log and the console of ``error``, and leave without the exit handlers.
 
+    With ``told`` log and console know it already; the main thread may then hold what the log needs.
     Destroying a process group whose other ranks wait for this one would wait for them in turn.
     """
     from ..configs.errors import RunError, UsageError
-    from .environment import LAUNCHED_LOCALLY
 
     _tell_launcher(error)
+    if told:
+        os._exit(1)
     if log is not None:
         logging.getLogger().error("the run ends here", exc_info=error)
     elif not isinstance(error, (UsageError, RunError)):
         traceback.print_exception(error)
-    if LAUNCHED_LOCALLY not in os.environ:
+    if not _is_told_by_launcher():
         print(_sentence(error, place, log), file=log.console if log else sys.stderr, flush=True)
     _end_children()
     with suppress(OSError):  # a full disk

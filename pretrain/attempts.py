@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 NAME = "attempts.json"
 _WRITE_EVERY_S = 10.0
@@ -90,8 +93,11 @@ class Attempts:
         self.current.up_s = round(self._written - self._clock, 3)
         document = [asdict(attempt) for attempt in (*self.earlier, self.current)]
         part = self.directory / f"{NAME}.part"
-        part.write_text(json.dumps(document, indent=1) + "\n")
-        part.replace(self.directory / NAME)
+        try:
+            part.write_text(json.dumps(document, indent=1) + "\n")
+            part.replace(self.directory / NAME)
+        except OSError as error:  # a full disk, say; statistics are nothing to end a run for
+            logger.warning("%s cannot be written for now: %s", self.directory / NAME, error.strerror)
 
 
 def _read(path: Path) -> list[Attempt]:

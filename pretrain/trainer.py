@@ -157,7 +157,9 @@ class Trainer:
         """
         taken: list[Microbatch] = []
         step, samples = self.step + 1, self.progress.samples
-        batches = self._watched(self.data.training(samples, step), taken)
+        self.pulse.enter("data", step)
+        batches = self.pulse.through(self.data.training(samples, step), "forward and backward", step)
+        batches = _noted(batches, taken)
         loss, grad_norm = self.engine.compute_gradients(batches, shape), self.engine.gradient_norm()
         if self.config.watch.rerun_nonfinite and not (math.isfinite(loss) and math.isfinite(grad_norm)):
             before = f"loss {loss:g} and gradient norm {grad_norm:g}"
@@ -167,17 +169,6 @@ class Trainer:
                 logger.warning("step %d gave %s, and computed again finite numbers: suspect a device", step, before)
                 self.reporter.event("not reproduced", step, first=before, loss=loss, grad_norm=grad_norm)
         return loss, grad_norm
-
-    def _watched(self, batches: Iterator[Microbatch], taken: list[Microbatch]) -> Iterator[Microbatch]:
-        """The step's microbatches, noted in ``taken``, while the watchdog is told what this rank does."""
-        step = self.step + 1
-        self.pulse.enter("data", step)
-        for batch in batches:
-            taken.append(batch)
-            self.pulse.enter("forward and backward", step)
-            yield batch
-            self.pulse.enter("data", step)
-        self.pulse.enter("forward and backward", step)
 
     def _refuse(self, judgement: Judgement, shape: StepShape) -> None:
         """What a step comes to that neither changes the model nor is passed over."""
@@ -247,14 +238,9 @@ class Trainer:
         if self.config.evaluation.interval == 0:
             return
         count = self.config.evaluation.batches * self.topology.layout.num_microbatches
-        loss = self.engine.evaluate(self._pulsed(self.data.validation(self.step)), count)
+        batches = self.pulse.through(self.data.validation(self.step), "evaluation", self.step)
+        loss = self.engine.evaluate(batches, count)
         self.reporter.evaluation(self.progress, loss)
-
-    def _pulsed(self, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
-        self.pulse.enter("evaluation", self.step)
-        for batch in batches:
-            self.pulse.enter("evaluation", self.step)
-            yield batch
 
     def _agree(self) -> None:
         """Let the ranks know of each other's requests to stop, and complete a checkpoint that all have written."""
@@ -303,3 +289,9 @@ class Trainer:
         how = "finished" if self.finished else f"stopped at step {self.step}, since {self.stop.reason}"
         self.reporter.close(self.step, how)
         self.reporter.say(self.reporter.summary(self.progress, seconds, how, self.saver.newest()))
+
+
+def _noted(batches: Iterator[Microbatch], taken: list[Microbatch]) -> Iterator[Microbatch]:
+    for batch in batches:
+        taken.append(batch)
+        yield batch

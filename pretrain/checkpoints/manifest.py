@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,8 +65,10 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     return files
 
 
-def problems(folder: Path, files: Mapping[str, FileEntry]) -> Iterable[Problem]:
-    """Those of ``files`` that are missing or no longer what they were, in order."""
+def problems(
+    folder: Path, files: Mapping[str, FileEntry], now: Callable[[Path], FileEntry] = describe
+) -> Iterable[Problem]:
+    """Those of ``files`` that are missing or no longer what they were, in order; ``now`` reads what one is."""
     for name, entry in files.items():
         path = folder / name
         try:
@@ -76,7 +78,7 @@ def problems(folder: Path, files: Mapping[str, FileEntry]) -> Iterable[Problem]:
             continue
         if size != entry.bytes:
             yield Problem(name, f"has {size:,} bytes instead of {entry.bytes:,}")
-        elif describe(path).sha256 != entry.sha256:
+        elif now(path).sha256 != entry.sha256:
             yield Problem(name, "differs from what was written")
 
 
@@ -95,6 +97,7 @@ class DamageError(RunError):
     """A checkpoint is not what was written."""
 
     def __init__(self, folder: Path, problem: Problem) -> None:
+        self.problem = problem
         super().__init__(f"checkpoint {folder} is damaged: {problem.name} {problem.what}")
 
 

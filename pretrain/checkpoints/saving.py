@@ -120,8 +120,8 @@ class CheckpointWriter:
         free = shutil.disk_usage(self._root).free
         if free < _ROOM * self._bytes:
             raise RunError(
-                f"checkpoint {folder.path_of(self._root, step)} is not begun: {free / _MIB:,.0f} MiB are free there "
-                f"and the last one has {self._bytes / _MIB:,.0f}; make room, or name another checkpoint.directory"
+                f"checkpoint {folder.path_of(self._root, step)} is not begun: {free / _MIB:,.1f} MiB are free there "
+                f"and the last one has {self._bytes / _MIB:,.1f}; make room, or name another checkpoint.directory"
             )
 
     def _complete(self, pending: _Pending, written: list[Written]) -> tuple[Path, int]:
@@ -131,8 +131,9 @@ class CheckpointWriter:
             self._fence()
             path = folder.commit(pending.writing, [pending.writing / name for name in self._own(files, written)])
         except Exception as error:
+            failure = self._failure(pending, error)  # it tells how much room there is before the folder goes
             shutil.rmtree(pending.writing, ignore_errors=True)
-            raise RunError(self._failure(pending, error)) from error
+            raise RunError(failure) from error
         self._prune()
         return path, sum(entry.bytes for entry in files.values())
 
@@ -160,7 +161,7 @@ class CheckpointWriter:
     def _failure(self, pending: _Pending, error: Exception) -> str:
         free = shutil.disk_usage(self._root).free / _MIB
         return (
-            f"checkpoint {folder.path_of(self._root, pending.step)} could not be written ({error}; {free:,.0f} MiB are "
+            f"checkpoint {folder.path_of(self._root, pending.step)} could not be written ({error}; {free:,.1f} MiB are "
             "free there): make room, or name another checkpoint.directory; the checkpoints before it are whole"
         )
 

@@ -452,3 +452,29 @@ def test_the_layout_is_what_remains_for_data_parallelism(load: Load) -> None:
     assert check_layout(config, 32) == Layout(
         world_size=32, tensor=2, pipeline=2, virtual_pipeline=2, context=4, data=2, num_microbatches=2
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["watch.hang_seconds=580"],
+            "watch.hang_seconds=580 must be at least 40 less than watch.collective_timeout=600, at which torch ends a "
+            "rank without saying which one it waited for: use for example watch.hang_seconds=260, or 0 to turn the "
+            "watch off",
+        ),
+        (
+            ["watch.on_spike=roll_back", "checkpoint.interval=0"],
+            "watch.on_spike=roll_back goes back to the newest checkpoint, and checkpoint.interval=0 saves none before "
+            "the end: save at an interval",
+        ),
+    ],
+)
+def test_watch(load: Load, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_config(load(*overrides))
+    assert str(caught.value) == sentence
+
+
+def test_no_watch_needs_no_time(load: Load) -> None:
+    check_config(load("watch.hang_seconds=0", "watch.collective_timeout=10"))

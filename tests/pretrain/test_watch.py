@@ -79,13 +79,12 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(
     faulty: Run, ranks: RankPool, data: Path, tmp_path: Path
 ) -> None:
     """Step 4 changes no parameter; what follows is as if its samples had not been there."""
+    at_step = []
     for last in (3, 4):
         outcome, warnings = faulty("run", at=[3 * BATCH], train={"steps": last})
         assert outcome == "finished"
-        config = run_config(data, tmp_path / "run")
-        at_step = ranks.run("running:parameters", 2, config=config)
-        before, after = (at_step, at_step) if last == 3 else (before, at_step)
-    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+        at_step.append(ranks.run("running:parameters", 2, config=run_config(data, tmp_path / "run"))[0])
+    assert all(torch.equal(a, b) for a, b in zip(*at_step, strict=True))
     assert "step 4 skipped: loss" in warnings[-1]
     outcome, _ = faulty("run", at=[3 * BATCH], train={"steps": 10})
     assert outcome == "finished"
@@ -164,7 +163,7 @@ def test_a_spike_is_counted_or_skipped(faulty: Run, tmp_path: Path, action: str)
     assert [m["skipped"] for m in steps(tmp_path / "run")] == [n == 7 and action == "skip" for n in range(1, 11)]
     name = {"accept": "spike", "skip": "skipped"}[action]
     assert f"step 7 {name}: gradient norm" in warnings[0]
-    assert [event["step"] for event in events(tmp_path / "run", name)][0] == 7
+    assert events(tmp_path / "run", name)[0]["step"] == 7
 
 
 def test_a_slow_rank_is_named(ranks: RankPool, data: Path, tmp_path: Path) -> None:
