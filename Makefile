@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.11,<2.14
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit test-slurm slurm-packages test-chaos clean
 
 demo: $(VENV)/.installed
 	@echo "==> data: tokenizer and token shards from the Python standard library (data/demo)"
@@ -30,6 +30,32 @@ types: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	@echo "==> tests: pytest"
 	@$(BIN)/python -m pytest
+
+# A real Slurm cluster on this machine. Its nodes have networks of their own, which takes root.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
+
+test-slurm: slurm-packages $(VENV)/.installed-dev
+	@echo "==> tests: pytest on a Slurm cluster"
+	@$(BIN)/python -m pytest -m slurm tests/slurm
+
+slurm-packages:
+	@[ "$$(id -u)" = 0 ] || { echo "make test-slurm needs root, to install Slurm and to give its nodes networks" >&2; exit 1; }
+	@type -P slurmctld slurmd sbatch munged ip >/dev/null || { \
+	  type -P apt-get >/dev/null || { echo "make test-slurm needs Slurm and munge: install them, there is no apt-get here" >&2; exit 1; }; \
+	  echo "==> install: $(SLURM_PACKAGES)"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
+
+# Training among faults: a disk of its own that becomes full, and lives with a wrong clock.
+CHAOS_PACKAGES := datefudge
+
+test-chaos: $(VENV)/.installed-dev
+	@[ "$$(id -u)" = 0 ] || { echo "make test-chaos needs root: it mounts a small disk, and installs $(CHAOS_PACKAGES)" >&2; exit 1; }
+	@type -P datefudge >/dev/null || { \
+	  type -P apt-get >/dev/null || { echo "make test-chaos needs $(CHAOS_PACKAGES), and apt-get to install it" >&2; exit 1; }; \
+	  echo "==> install: $(CHAOS_PACKAGES)"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CHAOS_PACKAGES) >/dev/null; }
+	@echo "==> tests: pytest among faults"
+	@$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 $(VENV)/bin/python:
 	@echo "==> environment: $(VENV)"

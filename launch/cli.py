@@ -1,4 +1,5 @@
-"""The command line: ``trine pretrain``, ``trine launch``, ``trine parity``, ``trine data`` and ``trine doctor``.
+"""The command line: ``trine pretrain``, ``trine launch``, ``trine parity``, ``trine data``,
+``trine checkpoint`` and ``trine doctor``.
 
 Each command imports what it needs when it runs, so that ``trine --help`` answers at once.
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
 from ..configs.errors import RunError, UsageError
-from . import data_commands, data_reports, launch_commands
+from . import checkpoint_commands, data_commands, data_reports, launch_commands
 from .exit_codes import tell
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_parity(commands)
     _add_data(commands)
     _add_launch(commands)
+    _add_checkpoint(commands)
     doctor = _add(commands, "doctor", "tell what this machine can do", _DOCTOR, _DOCTOR_EXAMPLES)
     doctor.set_defaults(command=_doctor, parser=doctor)
     return parser
@@ -176,10 +178,17 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
     data_reports.add_stats(partial(_add, subcommands))
 
 
+def _add_checkpoint(commands: argparse._SubParsersAction[_Parser]) -> None:
+    module = checkpoint_commands
+    checkpoint = _add(commands, "checkpoint", module.SUMMARY, module.DESCRIPTION, "")
+    subcommands = checkpoint.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    module.add_commands(partial(_add, subcommands))
+
+
 def _add_launch(commands: argparse._SubParsersAction[_Parser]) -> None:
     launch = _add(commands, "launch", launch_commands.SUMMARY, launch_commands.DESCRIPTION, "")
     subcommands = launch.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    launch_commands.add_commands(partial(_add, subcommands), _add_recipe, _words, _launch)
+    launch_commands.add_commands(partial(_add, subcommands), _add_recipe, _words, _launch_alone)
 
 
 def _add(
@@ -226,6 +235,15 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 def _is_rank(place: Place) -> bool:
     # srun with a single task, as for an interactive shell, has no others to meet: it may start ranks itself.
     return place.source in ("torchrun", "mpi") or place.world_size > 1
+
+
+def _launch_alone(words: Sequence[str], asked: int | None) -> int:
+    from .environment import find_place
+
+    place = find_place()
+    if _is_rank(place):
+        raise UsageError(f"trine launch local starts its own ranks: run it by itself, without {place.source}")
+    return _launch(words, asked)
 
 
 def _launch(words: Sequence[str], asked: int | None) -> int:

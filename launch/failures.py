@@ -57,6 +57,27 @@ def root_cause(failures: Mapping[int, ProcessFailure]) -> RootCause:
     return RootCause(rank, _how(failure), _usage(failure))
 
 
+def recorded_failures(directory: Path) -> dict[int, ProcessFailure]:
+    """The failures that ranks have recorded below torch's folder of errors, but for lost connections, by rank.
+
+    They are all there is where a signal ended the launch: torch then does not tell how its ranks ended.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    found: dict[int, ProcessFailure] = {}
+    for path in sorted(directory.glob("*/attempt_*/*/error.json")):
+        rank = int(path.parent.name)
+        try:
+            failure = ProcessFailure(local_rank=rank, pid=-1, exitcode=1, error_file=str(path))
+        except (OSError, ValueError, KeyError, TypeError):  # a rank that was killed while it wrote
+            continue
+        if _message(failure).startswith("UsageError: "):
+            failure.exitcode = _USAGE
+        if not _COMMUNICATION.search(_trace(failure)):
+            found[rank] = failure
+    return found
+
+
 def _ended_by_launcher(failure: ProcessFailure, start: float) -> bool:
     late = _time(failure) - start > _ESCALATION_S
     return failure.exitcode == -signal.SIGTERM or (failure.exitcode == -signal.SIGKILL and late)

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ..pretrain import exit_state
 from ..pretrain.exit_state import STOPPED
 from .environment import LAUNCHED_LOCALLY
-from .failures import root_cause
+from .failures import recorded_failures, root_cause
 from .machine import usable_cores
 from .rank_log import log_path, make_log_directory
 
@@ -48,7 +48,8 @@ def launch_local(
 
     Returns:
         0 when every rank succeeded, 75 when the run in ``run_directory`` says that it was stopped before its end and
-        has saved everything, 2 when the first failure was a UsageError, 128 + N when signal N ended the run, else 1.
+        has saved everything, 2 when the first failure was a UsageError, 128 + N when signal N ended the run and no
+        rank failed to stop as it should, else 1.
 
     Raises:
         UsageError: ``log_directory`` cannot be made.
@@ -68,6 +69,8 @@ def launch_local(
             if _was_stopped(run_directory):
                 return STOPPED
             code, sentences = 128 + stopped.sigval, [f"stopped by {stopped.sigval.name}"]
+            if failures := recorded_failures(Path(errors)):  # of ranks that could not save
+                code, sentences = _failure(failures, processes, log_directory)
         except KeyboardInterrupt:
             code, sentences = 128 + signal.SIGINT, ["stopped by SIGINT"]
     if code != 2:

@@ -9,6 +9,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -88,8 +89,16 @@ def _configure_logging(file: TextIO, console: TextIO | None) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root.addHandler(to_file)
     logging.captureWarnings(True)
+    threading.excepthook = _log_failed_thread
     if console is not None:
         to_console = logging.StreamHandler(console)
         to_console.setLevel(logging.WARNING)
         to_console.setFormatter(logging.Formatter("trine: %(message)s"))
         logging.getLogger("trine").addHandler(to_console)
+
+
+def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    """Keep the traceback of a thread, such as TensorBoard's when the disk is full, off the console."""
+    if failed.exc_value is not None and failed.exc_type is not SystemExit:
+        name = failed.thread.name if failed.thread else "of no name"
+        logging.getLogger().error("thread %s has failed", name, exc_info=failed.exc_value)

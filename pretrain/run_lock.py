@@ -38,6 +38,7 @@ _LOOKS_PER_BEAT = 5
 _READS, _READ_AGAIN_S = 5, 0.2
 _CLOSE_S = 2.0
 _SOMETHING = "a process that wrote no readable lock"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # FAT, and some file systems in user space.
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -58,13 +59,19 @@ class RunLock:
     def acquire(cls, directory: Path, *, beat_seconds: float = _BEAT_S) -> RunLock:
         """Hold ``directory``, which is made where it is missing; may take three beats where it was left locked.
 
-        Raises UsageError when another run uses it, or when its file system holds no lock.
+        Raises UsageError when another run uses it, or when its file system holds no lock; RunError when its disk is
+        full.
         """
         path, holder = directory / LOCK, this_process()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             file = _obtain(path, holder, beat_seconds)
         except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise RunError(
+                    f"there is no room for the lock of run.directory={directory} ({error.strerror}): make room; then "
+                    "the same command continues"
+                ) from error
             raise UsageError(
                 f"run.directory={directory} cannot be locked ({error.strerror}): choose one that can be written"
             ) from error

@@ -95,8 +95,11 @@ def remove(path: Path) -> None:
 
 
 def superseded(root: Path, keep: int, keep_every: int) -> list[Path]:
-    """The complete checkpoints that are neither among the ``keep`` newest nor of a multiple of ``keep_every`` steps."""
-    old = complete(root)[:-keep]
+    """The complete checkpoints that are neither among the ``keep`` newest nor of a multiple of ``keep_every`` steps.
+
+    Links are somebody's own arrangement and stay.
+    """
+    old = [path for path in complete(root)[:-keep] if not path.is_symlink()]
     return [path for path in old if not keep_every or step_of(path) % keep_every]
 
 

@@ -92,6 +92,8 @@ def _manifest(path: Path) -> tuple[dict[str, FileEntry], str | None]:
         return read_manifest(path), None
     except DamageError as damage:
         return {}, str(damage)
+    except OSError as error:
+        raise RunError(_outage(path, error)) from error
 
 
 def _first_problem(path: Path, files: dict[str, FileEntry]) -> dict[str, bool]:
@@ -99,8 +101,12 @@ def _first_problem(path: Path, files: dict[str, FileEntry]) -> dict[str, bool]:
     try:
         found: Problem | None = next(iter(problems(path, files)), None)
     except OSError as error:
-        return {f"checkpoint {path} cannot be read: {error.filename}: {error.strerror}": False}
+        return {_outage(path, error): False}
     return {str(DamageError(path, found)): True} if found else {}
+
+
+def _outage(path: Path, error: OSError) -> str:
+    return f"checkpoint {path} cannot be read: {error.filename}: {error.strerror}"
 
 
 def _give_up(path: Path, problem: str, settings: Checkpoint) -> None:

@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
         files = {_plain(name): FileEntry(int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
     except FileNotFoundError as error:
         raise DamageError(folder, Problem(MANIFEST, "is missing")) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DamageError(folder, Problem(MANIFEST, f"cannot be understood ({error})")) from error
     for name in _NEEDED - files.keys():
         raise DamageError(folder, Problem(MANIFEST, f"does not list {name}"))

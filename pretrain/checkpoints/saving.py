@@ -159,10 +159,13 @@ class CheckpointWriter:
         return [MANIFEST, *(name for name in files if name not in by_ranks)]
 
     def _failure(self, pending: _Pending, error: Exception) -> str:
-        free = shutil.disk_usage(self._root).free / _MIB
+        try:
+            free = f"{shutil.disk_usage(self._root).free / _MIB:,.1f} MiB are free there"
+        except OSError:
+            free = "its folder is gone"
         return (
-            f"checkpoint {folder.path_of(self._root, pending.step)} could not be written ({error}; {free:,.1f} MiB are "
-            "free there): make room, or name another checkpoint.directory; the checkpoints before it are whole"
+            f"checkpoint {folder.path_of(self._root, pending.step)} could not be written ({error}; {free}): make room, "
+            "or name another checkpoint.directory; the checkpoints before it are whole"
         )
 
     def _prune(self) -> None:

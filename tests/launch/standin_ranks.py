@@ -36,6 +36,21 @@ def fail(config: Config, place: Place) -> None:
     raise RunError("the loss is not finite\nsecond line")
 
 
+def fail_twice(config: Config, place: Place) -> None:
+    """Each of the first two lives makes a checkpoint, and fails when both ranks have seen it."""
+    checkpoints = config.run.directory / "checkpoints"
+    life = len(list(checkpoints.glob("step-*"))) + 1
+    if life > 2:
+        return
+    (config.run.directory / f"seen-{life}-{place.rank}").touch()
+    while len(list(config.run.directory.glob(f"seen-{life}-*"))) < 2:
+        time.sleep(0.05)
+    if place.rank == 0:
+        _note_and_sleep(config)
+    (checkpoints / f"step-{life:08d}").mkdir(parents=True)
+    raise RunError(f"life {life}")
+
+
 def refuse(config: Config, place: Place) -> None:
     """Every rank finds the same mistake of the user."""
     raise UsageError(f"train.steps={config.train.steps} is too few: use more")

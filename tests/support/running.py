@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from typing import Any
 
@@ -111,3 +112,18 @@ def _run(trainer: Trainer) -> tuple[str, list[str]]:
     finally:
         logging.getLogger("trine").removeHandler(warnings)
     return "finished", warnings.lines
+
+
+def loses_checkpoints(rank: int, world_size: int, *, config: dict[str, Any], at_step: int) -> tuple[str, list[str]]:
+    """A run whose folder of checkpoints is removed while that of ``at_step`` is written."""
+    trainer = trainer_of(rank, world_size, config)
+    begin = trainer.saver.begin
+
+    def begin_and_lose(step: int, state: dict[str, Any]) -> Any:
+        saved = begin(step, state)
+        if step == at_step:
+            shutil.rmtree(trainer.config.checkpoint_directory)
+        return saved
+
+    trainer.saver.begin = begin_and_lose  # type: ignore[method-assign]
+    return _run(trainer)
