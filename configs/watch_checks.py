@@ -11,7 +11,7 @@ JUDGING_S = 40.0
 
 def check_watch(watch: Watch, checkpoint: Checkpoint) -> None:
     """Raise UsageError, in one sentence, unless hangs are found before torch gives up, and there is a way back."""
-    if 0 < watch.hang_seconds > watch.collective_timeout - JUDGING_S:
+    if watch.hang_seconds > 0 and watch.hang_seconds + JUDGING_S > watch.collective_timeout:
         fits = max(1.0, watch.collective_timeout / 2 - JUDGING_S)
         raise UsageError(
             f"watch.hang_seconds={watch.hang_seconds:g} must be at least {JUDGING_S:g} less than "

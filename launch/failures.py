@@ -40,7 +40,8 @@ def root_cause(failures: Mapping[int, ProcessFailure]) -> RootCause:
     one that failed by itself; then the earliest. What the launcher did to end the others is no cause.
     """
     first_seen = next(iter(failures))
-    start = min(map(_time, failures.values()))
+    # By the clock of this process and the ranks, which may be another than that of the files.
+    start = min(failure.timestamp for failure in failures.values())
 
     def preference(rank: int) -> tuple[int, float, int]:
         failure = failures[rank]
@@ -79,7 +80,7 @@ def recorded_failures(directory: Path) -> dict[int, ProcessFailure]:
 
 
 def _ended_by_launcher(failure: ProcessFailure, start: float) -> bool:
-    late = _time(failure) - start > _ESCALATION_S
+    late = failure.timestamp - start > _ESCALATION_S
     return failure.exitcode == -signal.SIGTERM or (failure.exitcode == -signal.SIGKILL and late)
 
 

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..pretrain import exit_state
-from ..pretrain.exit_state import STOPPED
+from ..pretrain.exit_state import STOPPED, ExitState
 from .environment import LAUNCHED_LOCALLY
 from .failures import recorded_failures, root_cause
 from .machine import usable_cores
@@ -55,18 +55,19 @@ def launch_local(
         UsageError: ``log_directory`` cannot be made.
     """
     make_log_directory(log_directory)
+    before = exit_state.read(run_directory) if run_directory else None
     with tempfile.TemporaryDirectory(prefix="trine-") as errors:
         config = _elastic_config(processes, errors)
         variables = rank_environment(processes)
         try:
             with _signal_handlers_kept(), _environment(variables), _elastic_log(log_directory):
                 _run_ranks(config, ["-m", module, *arguments])
-            return STOPPED if _was_stopped(run_directory) else 0
+            return STOPPED if _was_stopped(run_directory, before) else 0
         except ChildFailedError as error:
             _end_process_groups(error.failures)
             code, sentences = _failure(error.failures, processes, log_directory)
         except SignalException as stopped:
-            if _was_stopped(run_directory):
+            if _was_stopped(run_directory, before):
                 return STOPPED
             code, sentences = 128 + stopped.sigval, [f"stopped by {stopped.sigval.name}"]
             if failures := recorded_failures(Path(errors)):  # of ranks that could not save
@@ -178,10 +179,10 @@ def _failure(failures: Mapping[int, ProcessFailure], processes: int, log_directo
     return 1, [f"rank {cause.rank} of {processes} {cause.how}", f"its log is {log}"]
 
 
-def _was_stopped(run_directory: Path | None) -> bool:
-    """Whether the run says so; it has told the user on its own."""
+def _was_stopped(run_directory: Path | None, before: ExitState | None) -> bool:
+    """Whether the run says so, and not the one ``before`` it; it has told the user on its own."""
     state = exit_state.read(run_directory) if run_directory else None
-    return state is not None and state.outcome == "stopped"
+    return state is not None and state.outcome == "stopped" and state != before
 
 
 def _resume_hint(checkpoint_directory: Path | None) -> str:

@@ -10,6 +10,7 @@ import shlex
 import socket
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -56,7 +57,8 @@ def open_rank_log(directory: Path, rank: int) -> RankLog:
         raise UsageError(
             f"the log {path} cannot be written ({error.strerror}): choose another run.directory"
         ) from error
-    file.write(_header(rank))
+    with suppress(OSError):  # a full disk, of which others will tell
+        file.write(_header(rank))
     console = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     if rank != 0:
         _redirect_output(file)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +13,10 @@ import torch.distributed as dist
 
 from ..configs.errors import RunError, UsageError
 from .topology import Topology
+
+logger = logging.getLogger(__name__)
+
+_FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.002, 0.5
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -45,13 +52,15 @@ def done_by_first_rank(action: Callable[[], V]) -> V:
 
     Raises:
         UsageError, RunError: as on rank 0, so that none waits for one that failed. Any other exception of rank 0 is a
-            RunError on the others.
+            RunError everywhere, and in the log of rank 0 with its stack.
     """
     box: list[tuple[Any, str | None, bool]] = [(None, None, False)]
     if dist.get_rank() == 0:
         try:
             box[0] = (action(), None, False)
         except Exception as error:  # whatever it is, the other ranks wait for word of it
+            if not isinstance(error, (UsageError, RunError)):
+                logger.exception("rank 0 failed while the others wait for it")
             box[0] = (None, str(error) or type(error).__name__, isinstance(error, UsageError))
     dist.broadcast_object_list(box, src=0)
     value, failure, misuse = box[0]
@@ -80,3 +89,34 @@ def largest(values: list[int], topology: Topology) -> list[int]:
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     told: list[int] = tensor.tolist()
     return told
+
+
+def together(work: Callable[[], V], topology: Topology) -> V:
+    """This rank's result of ``work``, which may take long, when every rank has its own; all of them must call it.
+
+    The ranks ask each other again and again instead of waiting in one collective, which would end with a time-out where
+    one file system is slow. ``work`` runs in a thread and communicates with nobody.
+    """
+    outcome: list[V] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="together")
+    thread.start()
+    pause = _FIRST_LOOK_S
+    while largest([thread.is_alive()], topology)[0]:
+        time.sleep(pause)
+        pause = min(2 * pause, _SLOWEST_LOOK_S)
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def wait_for_all() -> None:
+    """Return when every rank has called this."""
+    dist.barrier()

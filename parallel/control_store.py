@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-_POLL_S = 0.05
+_POLL_S = 0.25
 
 
 def connect(environ: Mapping[str, str] = os.environ, seconds: float = 10.0) -> TCPStore | None:
@@ -25,7 +25,12 @@ def connect(environ: Mapping[str, str] = os.environ, seconds: float = 10.0) -> T
 
 
 def all_meet(store: TCPStore, place: str, world_size: int, seconds: float) -> bool:
-    """Whether every rank comes to the same ``place`` within ``seconds``."""
+    """Whether every rank comes to the same ``place`` within ``seconds``, and sees that the others did."""
+    # One that has given up does not come to the second place, so that none goes on without it.
+    return _all_come(store, place, world_size, seconds) and _all_come(store, f"{place}/sure", world_size, seconds)
+
+
+def _all_come(store: TCPStore, place: str, world_size: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     try:
         store.add(place, 1)

@@ -115,6 +115,8 @@ class Engine:
         o = self.config.optimizer
         for group in self.optimizer.param_groups:
             group.update(max_lr=o.learning_rate, min_lr=o.minimum_learning_rate, betas=o.betas, eps=o.eps)
+        # Megatron-Core's schedule takes the steps of a checkpoint in addition to those that it has taken.
+        self.scheduler.num_steps = 0
         self.scheduler.load_state_dict(state)
 
     def random_states(self) -> RandomStates:
@@ -167,6 +169,7 @@ class Engine:
         communicator = self._communicator_in_use = None
         if layout.pipeline > 1:
             communicator = self._communicator_in_use = self._communicator(num_microbatches, shape, forward_only)
+            communicator.measures_waits = self.measures_work
             arguments |= dict(p2p_communicator=communicator, pg_collection=self.topology.groups)
         reports = get_forward_backward_func()(**arguments)
         if communicator is not None:

@@ -48,7 +48,8 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
     """Tells what it owns."""
 
     def owned(self) -> Iterator[Owned]:
-        """Every part of a parameter that this rank owns. The state must be there: after a step, or a load."""
+        """Every part of a parameter that this rank owns, also before the first update has made its state."""
+        self._fill_state()
         for buffer in self.gbuf_ranges:
             for buckets in buffer.values():
                 for bucket in buckets:
@@ -58,13 +59,18 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
                         yield Owned(parameter, ranges["param"].start, state)
 
 
+    def _fill_state(self) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] |= self._first_state(parameter)
+
+    def _first_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+
+
 class TorchAdamOptimizer(OwningOptimizer):
     """Keeps one step count in the groups of a state dict and one per parameter in memory."""
-
-    def owned(self) -> Iterator[Owned]:
-        """As of any optimizer, and before the first step, too."""
-        self._fill_state()
-        yield from super().owned()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters' own state."""
@@ -84,14 +90,8 @@ class TorchAdamOptimizer(OwningOptimizer):
         for state in self.optimizer.state.values():
             state["step"] = torch.tensor(step)
 
-    def _fill_state(self) -> None:
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self.optimizer.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+    def _first_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {"step": torch.tensor(0.0), **super()._first_state(parameter)}
 
 
 @contextmanager

@@ -109,12 +109,15 @@ class KVCarryCommunicator(P2PCommunicator):  # type: ignore[misc]
         order = _chunk_order(num_microbatches, chunks, config)
         forward = [chunk * stages + stage for chunk in order]
         backward = [] if forward_only else [(chunks - 1 - chunk) * stages + stage for chunk in order]
+        self.measures_waits = False
         self.waited_s = 0.0
         """Seconds spent in sending and receiving, most of them waiting for the other side."""
         self._forward = iter([input_width(n) for n in forward if n > 0])
         self._backward = iter([input_width(n + 1) for n in backward if n + 1 < stages * chunks])
 
     def _communicate(self, **arguments: Any) -> Any:
+        if self.measures_waits and torch.cuda.is_available():
+            torch.cuda.synchronize()  # or the rank's own unfinished work would count as waiting
         started = time.perf_counter()
         try:
             return super()._communicate(**arguments)

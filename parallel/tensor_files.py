@@ -12,6 +12,7 @@ Planning, format and resharding are Megatron-Core's. Three things are not:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import queue
 import threading
@@ -30,7 +31,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..configs.errors import RunError
+from .agreement import done_by_first_rank
 from .engine import Engine
+from .index_classes import check_index
 from .shards import load_parameters, sharded_state
 
 _FILES_PER_RANK = 2
@@ -108,7 +111,10 @@ class PendingTensors:
 
     def write_index(self, results: list[list[Any]]) -> None:
         """On rank 0, with every rank's ``results``: write the index that makes the files readable."""
-        self._writer.finish(self._index, results)
+        index = copy.copy(self._index)
+        # Every rank's plan, by which Megatron-Core compares one save with the next; to read the files takes none.
+        vars(index).pop("all_local_plans", None)
+        self._writer.finish(index, results)
 
     def shapes(self) -> dict[str, dict[str, Any]]:
         """On rank 0: every global tensor by name, with its shape and dtype."""
@@ -125,7 +131,7 @@ class PendingTensors:
             for bucket in buckets:
                 results += _write_bucket(bucket, self._writer.transforms)
                 files.append(described(Path(bucket[0])))
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except BaseException as error:  # whatever it is, the other ranks must hear of it
             self._outcome = Written([], f"{type(error).__name__}: {error}", [])
             return
         self._outcome = Written(files, None, results)
@@ -145,10 +151,11 @@ def load_tensors(folder: Path, engine: Engine, plain: list[dict[str, Any]]) -> N
         plain: what ``PendingTensors.plain`` was.
 
     Raises:
-        RunError: the files hold another model.
+        RunError: the files hold another model, or their index is none.
     """
     for optimizer, own in zip(engine.optimizers(), plain, strict=True):
         optimizer.load_state_dict(own)
+    done_by_first_rank(lambda: check_index(folder / ".metadata"))
     # The optimizer's pieces are its live memory, into which they are read; the model's are joined from sections.
     sharded, _, factories = load_preprocess(sharded_state(engine))
     sharded, _ = extract_sharded_base(sharded)
@@ -197,7 +204,8 @@ def _write_bucket(bucket: Any, transforms: Any) -> list[Any]:
     outcome: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     unfinished: queue.Queue[int] = queue.Queue()
     unfinished.put(0)
-    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data
+    # Without its decorator, which turns the garbage collector off: that is meant for a process that writes and ends.
+    write = filesystem_async.FileSystemWriterAsync.write_preloaded_data.__wrapped__
     write([transforms], 0, bucket, outcome, unfinished, use_fsync=True)
     _, results = outcome.get()
     if isinstance(results, Exception):

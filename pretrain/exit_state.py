@@ -11,6 +11,8 @@ from ..data_pipeline.durable import write_durably
 
 NAME = "exit_state.json"
 STOP_FILE = "stop"
+REQUEUE = "requeue"
+"""What a launcher writes into the stop file; a person leaves it empty."""
 STOPPED = 75
 """Exit code of a run that was stopped before its end and has saved everything (EX_TEMPFAIL of sysexits: try again)."""
 
@@ -49,6 +51,23 @@ def read(directory: Path) -> ExitState | None:
 
 
 def clear(directory: Path) -> None:
-    """Forget how the last run ended, and an old wish to stop, since a new one begins."""
-    for name in (NAME, STOP_FILE):
-        (directory / name).unlink(missing_ok=True)
+    """Forget how the last run ended, since a new one begins, and what a launcher asked of it.
+
+    A person's wish to stop stays: it may have been made while this run waited for its turn.
+    """
+    (directory / NAME).unlink(missing_ok=True)
+    if asked(directory / STOP_FILE) == REQUEUE:
+        honour_stop(directory)
+
+
+def honour_stop(directory: Path) -> None:
+    """Take the stop file away: what it asked for is done."""
+    (directory / STOP_FILE).unlink(missing_ok=True)
+
+
+def asked(stop_file: Path) -> str | None:
+    """What a stop file asks for: ``REQUEUE``, or an end, in any other text; None where there is none."""
+    try:
+        return stop_file.read_bytes().decode(errors="replace").strip()
+    except OSError:  # it is not there, or the disk does not answer, which others will tell
+        return None

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..configs.errors import RunError
 from ..configs.loading import dump_config
 from ..configs.ramps import StepShape, shapes_of
 from ..configs.schema import Config
+from ..data_pipeline.durable import write_durably
 from ..models.build import local_parameters
 from ..parallel.topology import Topology, sum_over_pipeline
 from .attempts import Attempts
 from .banner import banner
+from .checkpoints import folder
 from .checkpoints.saving import Saved
 from .console import Console, duration
 from .journal import Journal
@@ -60,7 +63,13 @@ class Reporter:
     def _open_files(self, first: Progress, productive_s: float) -> None:
         directory, resolved = self._config.run.directory, dump_config(self._config)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(resolved)
+        try:
+            write_durably(directory / "config.yaml", resolved.encode())
+        except OSError as error:
+            raise RunError(
+                f"{directory / 'config.yaml'} cannot be written ({error.strerror}): make room; then the same command "
+                "continues"
+            ) from error
         self._metrics = Metrics(directory, resolved, first.step, first.samples)
         self._events = Journal(directory / "events.jsonl", _ALL_STEPS)
         self._attempts = Attempts.begin(directory, first.step, productive_s)
@@ -130,9 +139,9 @@ class Reporter:
             self._metrics.evaluation(progress.step, progress.samples, loss)
         self.say(f"step {progress.step}: validation loss {loss:.4f}")
 
-    def saved(self, saved: Saved | None) -> None:
-        """Report a finished checkpoint, if one was."""
-        if saved is not None and self._metrics is not None:
+    def saved(self, saved: Saved) -> None:
+        """Report a finished checkpoint."""
+        if self._metrics is not None:
             self._metrics.saved(saved)
 
     def event(self, name: str, step: int, **details: Any) -> None:
@@ -154,6 +163,7 @@ class Reporter:
 
     def flush(self) -> None:
         """Bring the metrics to disk: what a checkpoint covers must not be lost with the process."""
+        self._data.flush()
         if self._metrics is not None:
             self._metrics.flush()
 
@@ -169,8 +179,12 @@ class Reporter:
         if self._events is not None:
             self._events.close()
 
-    def summary(self, progress: Progress, seconds: float, how: str, checkpoint: Path | None) -> str:
-        """What there is to say at the end; ``how`` is its first word."""
+    def summarise(self, progress: Progress, seconds: float, how: str) -> None:
+        """Say what there is to say at the end; ``how`` is its first word."""
+        if self._writes:
+            self.say(self._summary(progress, seconds, how))
+
+    def _summary(self, progress: Progress, seconds: float, how: str) -> str:
         directory, train, first = self._config.run.directory, self._config.train, self._first
         steps, tokens = max(0, progress.step - first.step), max(0, progress.tokens - first.tokens)
         if steps == 0 and progress.step >= train.steps:
@@ -188,7 +202,7 @@ class Reporter:
         lines += [
             f"  metrics      {directory / 'metrics.jsonl'}",
             f"  TensorBoard  tensorboard --logdir {directory}",
-            f"  checkpoint   {checkpoint or 'none'}",
+            f"  checkpoint   {folder.newest(self._config.checkpoint_directory) or 'none'}",
         ]
         return "\n".join(lines)
 

@@ -14,14 +14,14 @@ from ..configs.errors import RunError, UsageError
 from ..configs.loading import set_vocabulary
 from ..configs.schema import Config
 from ..data_pipeline.opening import read_prepared
-from ..parallel.agreement import done_by_first_rank
+from ..parallel.agreement import done_by_first_rank, wait_for_all
 from ..parallel.determinism import use_deterministic_kernels
 from ..parallel.topology import Topology, build_topology, join, leave, leave_topology
 from . import exit_state
 from .checkpoints import folder
 from .exit_state import STOPPED, ExitState, Outcome
 from .place import Place
-from .run_lock import RunLock
+from .run_lock import HeldLocks, RunLock
 from .stopping import StopRequests, listen_to_signals
 from .trainer import Trainer
 from .watch.hang import HangWatchdog
@@ -63,31 +63,33 @@ def pretrain(config: Config, place: Place, outside: Outside) -> int:
     directory, pulse = config.run.directory, Pulse()
     listen_to_signals()
     with ExitStack() as stack:
-        lock = _hold(directory, topology, stack)
+        lock = _hold(config, topology, stack)
         stack.enter_context(_watchdog(config, place, pulse, outside))
         stop_file = directory / exit_state.STOP_FILE if topology.rank == 0 else None
         requests = StopRequests(stop_file, config.train.max_wall_time)
         with _failures_noted(config, lock):
             trainer = Trainer(config, topology, place, prepared, pulse=pulse, lock=lock, requests=requests)
             trainer.run()
-        state = _end_of(trainer)
-        if lock is not None:
-            _leave_word(directory, lock, state)
+        state = done_by_first_rank(lambda: _left_word(trainer, lock))
+    # Launchers end all ranks when one ends with another number than 0: rank 0 must have done all that it does by then.
+    wait_for_all()
     leave_topology()
     leave()
     return state.exit_code
 
 
-def _hold(directory: Path, topology: Topology, stack: ExitStack) -> RunLock | None:
-    """Have rank 0 lock the run's folder, and forget how the last run there ended."""
+def _hold(config: Config, topology: Topology, stack: ExitStack) -> HeldLocks | None:
+    """Have rank 0 lock the run's folder and that of its checkpoints, and forget how the last run there ended."""
     locks: list[RunLock] = []
 
     def take() -> None:
-        locks.append(stack.enter_context(RunLock.acquire(directory)))
-        exit_state.clear(directory)
+        locks.append(stack.enter_context(RunLock.acquire(config.run.directory)))
+        if not config.checkpoint_directory.is_relative_to(config.run.directory):
+            locks.append(stack.enter_context(RunLock.acquire(config.checkpoint_directory)))
+        exit_state.clear(config.run.directory)
 
     done_by_first_rank(take)
-    return locks[0] if topology.rank == 0 else None
+    return HeldLocks(*locks) if topology.rank == 0 else None
 
 
 def _watchdog(config: Config, place: Place, pulse: Pulse, outside: Outside) -> HangWatchdog:
@@ -98,7 +100,7 @@ def _watchdog(config: Config, place: Place, pulse: Pulse, outside: Outside) -> H
 
 
 @contextmanager
-def _failures_noted(config: Config, lock: RunLock | None) -> Iterator[None]:
+def _failures_noted(config: Config, lock: HeldLocks | None) -> Iterator[None]:
     """Within it a failure is noted in the run's folder by rank 0, on its way to whoever handles it."""
     try:
         yield
@@ -108,6 +110,16 @@ def _failures_noted(config: Config, lock: RunLock | None) -> Iterator[None]:
             reason, code = str(error).partition("\n")[0], 2 if refused else 1
             _leave_word(config.run.directory, lock, _state(config, "refused" if refused else "failed", reason, code))
         raise
+
+
+def _left_word(trainer: Trainer, lock: HeldLocks | None) -> ExitState:
+    """Rank 0's part of an orderly end."""
+    state = _end_of(trainer)
+    if lock is not None:
+        _leave_word(trainer.config.run.directory, lock, state)
+        if not trainer.finished:
+            exit_state.honour_stop(trainer.config.run.directory)
+    return state
 
 
 def _end_of(trainer: Trainer) -> ExitState:
@@ -131,7 +143,7 @@ def _state(config: Config, outcome: Outcome, reason: str, exit_code: int, step: 
     )
 
 
-def _leave_word(directory: Path, lock: RunLock, state: ExitState) -> None:
+def _leave_word(directory: Path, lock: HeldLocks, state: ExitState) -> None:
     """Write how the run ended, unless the folder is another run's by now."""
     with suppress(RunError):
         lock.check()

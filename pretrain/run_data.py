@@ -70,6 +70,12 @@ class RunData:
         ids = mixture.sample_ids(consumed_samples, count)
         return [f"{mixture.sources[sample.source].name}:{sample.window}" for sample in ids]
 
+    def flush(self) -> None:
+        """Bring what was recorded to the disk."""
+        for journal in (self._record, self._skipped):
+            if journal is not None:
+                journal.flush()
+
     def go_back(self, step: int) -> None:
         """Forget what was recorded after ``step``, to which the run has gone back."""
         for journal in (self._record, self._skipped):

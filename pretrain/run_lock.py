@@ -43,6 +43,23 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+class HeldLocks:
+    """All that a run holds: its directory, and that of its checkpoints where that is elsewhere."""
+
+    def __init__(self, *locks: RunLock) -> None:
+        self._locks = locks
+
+    @property
+    def lost(self) -> bool:
+        """Whether another run was seen to have taken one over; costs nothing to ask."""
+        return any(lock.lost for lock in self._locks)
+
+    def check(self) -> None:
+        """Raise RunError unless this process still holds all of them."""
+        for lock in self._locks:
+            lock.check()
+
+
 class RunLock:
     """A run directory that this process holds."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..configs.errors import RunError, UsageError
 from ..configs.schema import Config
+from ..parallel.agreement import done_by_first_rank
 from ..parallel.engine import Engine
 from .checkpoints import folder, loading
 from .checkpoints.loading import Found
@@ -20,18 +21,21 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Saves beside the training; finds the newest checkpoint that is whole. Every rank calls the same methods."""
 
-    def __init__(self, config: Config, engine: Engine, fence: Callable[[], None] = lambda: None) -> None:
-        """``fence`` raises RunError where this run may no longer write in its folder."""
-        self._config, self._engine = config, engine
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        told: Callable[[Saved], object] = lambda _: None,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``told`` hears of every checkpoint that is complete; ``fence``, which only rank 0 asks, raises RunError where
+        this run may no longer write in its folder."""
+        self._config, self._engine, self._told, self._fence = config, engine, told, fence
         self._root = config.checkpoint_directory
-        self._writer = CheckpointWriter(self._root, engine, config.checkpoint, fence)
+        self._writer = CheckpointWriter(self._root, engine, config.checkpoint)
         self._step: int | None = None
         """The step of the newest checkpoint that is complete or being written."""
         self._failures = 0
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint on disk."""
-        return folder.newest(self._root)
 
     def find(self) -> Found | None:
         """The newest checkpoint that is whole, if there is one, after a check that it is one of this model.
@@ -40,6 +44,7 @@ class Saver:
             UsageError: it belongs to another model.
             RunError: it is damaged, and ``checkpoint.on_damage`` is ``stop``, or none is whole.
         """
+        done_by_first_rank(self._fence)
         found = loading.find(self._root, self._engine.topology, self._config.checkpoint)
         if found is not None:
             _check_same_model(found.path, found.run["model"], self._model())
@@ -66,56 +71,74 @@ class Saver:
         """Whether this rank still writes files of one."""
         return self._writer.busy
 
-    def begin(self, step: int, state: dict[str, Any]) -> Saved | None:
-        """Begin to write a checkpoint of this point, unless there is one; returns what was finished meanwhile.
+    def begin(self, step: int, state: dict[str, Any]) -> None:
+        """Begin to write a checkpoint of this point, unless there is one.
 
         Raises:
-            RunError: it cannot be begun, and ``checkpoint.on_failure`` says that this ends the run.
+            RunError: it cannot be begun, and ``checkpoint.on_failure`` says that this ends the run; or the run may no
+                longer write.
         """
         if step == self._step:
-            return None
-        finished = self.finish()
+            return
+        self.finish()
+        done_by_first_rank(self._fence)
         try:
             self._writer.begin(step, self._own(state))
         except RunError as error:
             self._failed(error)
-            return finished
+            return
         self._step = step
-        return finished if self._config.checkpoint.background else self.finish()
+        if not self._config.checkpoint.background:
+            self.finish()
 
-    def finish(self) -> Saved | None:
+    def finish(self) -> None:
         """Complete the checkpoint that is being written, if one is.
 
         Raises:
-            RunError: it cannot be, and ``checkpoint.on_failure`` says that this ends the run.
+            RunError: as ``begin``.
         """
+        if not self._writer.pending:
+            return
+        done_by_first_rank(self._fence)
         try:
-            saved = self._writer.finish()
+            self._complete()
         except RunError as error:
             self._step = None
             self._failed(error)
-            return None
-        if saved is not None:
-            self._failures = 0
-            logger.info(
-                "saved %s: %.1f MB in %.2f s, for %.3f s of which training waited",
-                saved.path, saved.bytes / 1e6, saved.total_s, saved.stall_s,
-            )  # fmt: skip
-        return saved
 
-    def save_last(self, step: int, state: dict[str, Any]) -> Saved | None:
+    def save_last(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint of this point and wait for it, unless there is one: a run must not end without it.
 
         Raises:
             RunError: it cannot be written.
         """
-        finished = self.finish()
-        if step == self._step:
-            return finished
-        self._writer.begin(step, self._own(state))
+        self.finish()
+        if step != self._step:
+            done_by_first_rank(self._fence)
+            self._writer.begin(step, self._own(state))
+            self._complete()
+            self._step = step
+
+    def replace(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint of this point in the place of the one of the same step, and wait for it.
+
+        Raises:
+            RunError: as ``begin``.
+        """
+        self._step = None
+        self.begin(step, state)
+        self.finish()
+
+    def _complete(self) -> None:
         saved = self._writer.finish()
-        self._step = step
-        return saved
+        if saved is None:
+            return
+        self._failures = 0
+        logger.info(
+            "saved %s: %.1f MB in %.2f s, for %.3f s of which training waited",
+            saved.path, saved.bytes / 1e6, saved.total_s, saved.stall_s,
+        )  # fmt: skip
+        self._told(saved)
 
     def _failed(self, error: RunError) -> None:
         self._failures += 1

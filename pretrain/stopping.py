@@ -7,8 +7,7 @@ import time
 from enum import IntEnum
 from pathlib import Path
 
-REQUEUE = "requeue"
-"""What a launcher writes into the stop file; a person leaves it empty."""
+from .exit_state import REQUEUE, asked
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _received: list[int] = []
@@ -66,12 +65,10 @@ class StopRequests:
         return Stop.SIGNAL if _received else Stop.NONE
 
     def _from_file(self) -> Stop:
-        if self._file is None:
+        wanted = None if self._file is None else asked(self._file)
+        if wanted is None:
             return Stop.NONE
-        try:
-            return Stop.LAUNCHER if self._file.read_text().strip() == REQUEUE else Stop.WISH
-        except OSError:  # it is not there, or the disk does not answer, which others will tell
-            return Stop.NONE
+        return Stop.LAUNCHER if wanted == REQUEUE else Stop.WISH
 
     def _from_clock(self) -> Stop:
         passed = self._limit is not None and time.monotonic() - self._started > self._limit

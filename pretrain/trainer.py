@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from .place import Place
 from .progress import Progress
 from .reporter import Reporter
 from .run_data import RunData
-from .run_lock import RunLock
+from .run_lock import HeldLocks
 from .saver import Saver
 from .stopping import Stop, StopRequests
 from .watch.judge import Judge, Judgement
@@ -52,7 +53,7 @@ class Trainer:
         prepared: PreparedData,
         *,
         pulse: Pulse | None = None,
-        lock: RunLock | None = None,
+        lock: HeldLocks | None = None,
         requests: StopRequests | None = None,
     ) -> None:
         """``lock`` is held by rank 0 alone; ``pulse`` is what a watchdog reads; ``requests`` may stop the run."""
@@ -61,8 +62,9 @@ class Trainer:
         self.data = RunData(config, topology, prepared)
         chunks = build_chunks(config, topology)
         self.engine = Engine(chunks, config, topology)
-        self.saver = Saver(config, self.engine, lock.check if lock else lambda: None)
+        self.lock = lock
         self.reporter = Reporter(config, topology, place, chunks, self.data)
+        self.saver = Saver(config, self.engine, self.reporter.saved, lock.check if lock else lambda: None)
         self.judge = Judge(config.watch)
         self.requests = requests or StopRequests(None, None)
         self.stragglers = Stragglers(config.watch.straggler_ratio, from_every_rank(socket.gethostname(), topology))
@@ -91,8 +93,9 @@ class Trainer:
             if isinstance(error, Exception):
                 self._save_in_emergency(error)
             # A reader may hang in a file system that does not answer, while the other ranks wait for this one to end.
-            self.data.close(wait=False)
-            self.reporter.close(self.step, f"failed: {error}")
+            with suppress(Exception):  # such as those of a full disk, which are not why the run ends
+                self.data.close(wait=False)
+                self.reporter.close(self.step, f"failed: {error}")
             raise
         self.data.close()
         self.engine.close()
@@ -103,8 +106,7 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         while not self.finished and not self.stop:
-            self._train_step()
-            if self._evaluation_is_due():
+            if self._train_step() and self._evaluation_is_due():
                 self._evaluate()
             self._agree()
             if self.saver.is_due(self.step):
@@ -127,7 +129,8 @@ class Trainer:
         self.pulse.step_done(self.step)
         self._intact = True
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> bool:
+        """Take a step; whether the run went forward and not back."""
         started, waited = time.perf_counter(), self.data.waited
         shape = shape_after(self.config.train, self.progress.samples)
         self.engine.measures_work = self._work_is_measured()
@@ -136,7 +139,7 @@ class Trainer:
         skips = judgement.action == "skip"
         if judgement.action in ("roll_back", "stop"):
             self._refuse(judgement, shape)
-            return
+            return False
         self.pulse.enter("optimizer", self.step + 1)
         self._intact = skips
         learning_rate = self.engine.skip_update() if skips else self.engine.update(grad_norm)
@@ -149,6 +152,7 @@ class Trainer:
         self.reporter.step(self.progress, shape, numbers, seconds=seconds, waited=waited, skipped=skips)
         self._report_more()
         self.pulse.step_done(self.step)
+        return True
 
     def _compute(self, shape: StepShape) -> tuple[float, float]:
         """Loss and gradient norm of the next step, whose gradients are then in the engine.
@@ -157,7 +161,8 @@ class Trainer:
         """
         taken: list[Microbatch] = []
         step, samples = self.step + 1, self.progress.samples
-        self.pulse.enter("data", step)
+        # Under ``skip`` a step begins with an agreement on what is damaged, for which ranks wait for each other.
+        self.pulse.enter("agreement" if self.config.data.on_damage == "skip" else "data", step)
         batches = self.pulse.through(self.data.training(samples, step), "forward and backward", step)
         batches = _noted(batches, taken)
         loss, grad_norm = self.engine.compute_gradients(batches, shape), self.engine.gradient_norm()
@@ -172,6 +177,8 @@ class Trainer:
 
     def _refuse(self, judgement: Judgement, shape: StepShape) -> None:
         """What a step comes to that neither changes the model nor is passed over."""
+        self.pulse.enter("save", self.step)
+        self.saver.finish()
         if judgement.action == "roll_back":
             self._go_back(judgement, shape)
             return
@@ -185,7 +192,6 @@ class Trainer:
     def _go_back(self, judgement: Judgement, shape: StepShape) -> None:
         """Return to the newest checkpoint, and leave out the samples that were read since."""
         self.pulse.enter("load", self.step)
-        self.reporter.saved(self.saver.finish())
         found = self.saver.find()
         if found is None:
             raise RunError(
@@ -195,6 +201,9 @@ class Trainer:
         self._intact = False
         left = self._continue_from(found, self.progress.samples + shape.samples)
         self._intact = True
+        # In place of the checkpoint: whoever comes back to it must leave out the same samples, and count this time.
+        self.pulse.enter("save", self.step)
+        self.saver.replace(self.step, self._state())
         logger.warning(
             "step %d: %s: back to %s, and %d samples are left out", left + 1, judgement.reason, found.path.name,
             self.progress.samples - int(found.run["progress"]["samples"]),
@@ -245,20 +254,27 @@ class Trainer:
     def _agree(self) -> None:
         """Let the ranks know of each other's requests to stop, and complete a checkpoint that all have written."""
         self.pulse.enter("agreement", self.step)
-        stop, busy = largest([self.requests.seen(), self.saver.busy], self.topology)
+        lost = self.lock is not None and self.lock.lost
+        stop, busy, lost_anywhere = largest([self.requests.seen(), self.saver.busy, lost], self.topology)
+        if lost_anywhere:
+            self._intact = False  # what is trained from here on belongs to nobody
+            raise RunError(
+                f"another run has taken over run.directory={self.config.run.directory}: this one ends without saving, "
+                "for it would overwrite what that one writes"
+            )
         self.stop = Stop(stop)
         if self.saver.pending and not busy:
-            self.reporter.saved(self.saver.finish())
+            self.saver.finish()
 
     def _begin_save(self) -> None:
         self.pulse.enter("save", self.step)
         self.reporter.flush()
-        self.reporter.saved(self.saver.begin(self.step, self._state()))
+        self.saver.begin(self.step, self._state())
 
     def _save_last(self) -> None:
         self.pulse.enter("save", self.step)
         self.reporter.flush()
-        self.reporter.saved(self.saver.save_last(self.step, self._state()))
+        self.saver.save_last(self.step, self._state())
 
     def _save_in_emergency(self, error: Exception) -> None:
         """Save once more if every rank has come to this point with a whole model.
@@ -271,10 +287,10 @@ class Trainer:
             return
         with suppress(Exception):
             store = connect()
-            place = f"trine/emergency/{self.step}"
+            place = f"trine/emergency/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{self.step}"
             if store is None or all_meet(store, place, self.topology.layout.world_size, EMERGENCY_S):
                 self._save_last()
-                logger.warning("the run fails, and step %d was saved before: %s", self.step, self.saver.newest())
+                logger.warning("the run fails, and step %d was saved before", self.step)
 
     def _state(self) -> dict[str, object]:
         return {
@@ -288,7 +304,7 @@ class Trainer:
     def _end(self, seconds: float) -> None:
         how = "finished" if self.finished else f"stopped at step {self.step}, since {self.stop.reason}"
         self.reporter.close(self.step, how)
-        self.reporter.say(self.reporter.summary(self.progress, seconds, how, self.saver.newest()))
+        self.reporter.summarise(self.progress, seconds, how)
 
 
 def _noted(batches: Iterator[Microbatch], taken: list[Microbatch]) -> Iterator[Microbatch]:

@@ -7,17 +7,21 @@
             tensors.json          name, shape and dtype of every tensor
             random.npz            the states of the random generators
             manifest.json         size and SHA-256 of every other file
-        step-00000200.writing/    not complete
+        step-00000200.8f3a1c.writing/   not complete, or on its way out
         step-00000050.damaged/    was complete, and its files no longer agree with its manifest
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 WRITING, DAMAGED = ".writing", ".damaged"
 
@@ -58,22 +62,34 @@ def damaged(root: Path) -> list[Path]:
 
 
 def begin(root: Path, step: int) -> Path:
-    """An empty folder in which the checkpoint of ``step`` can be written."""
-    writing = _marked(path_of(root, step), WRITING)
-    shutil.rmtree(writing, ignore_errors=True)
+    """A new folder in which the checkpoint of ``step`` can be written, and nobody else writes."""
+    writing = _unfinished_name(path_of(root, step))
     writing.mkdir(parents=True)
     return writing
 
 
 def commit(writing: Path, fresh: Iterable[Path]) -> Path:
-    """Bring the ``fresh`` files to disk, where the others are, and give the folder its name as a complete one."""
-    final = writing.with_name(writing.name.removesuffix(WRITING))
+    """Bring the ``fresh`` files to disk, where the others are, and give the folder its name as a complete one.
+
+    Where a run that went back comes to a step again, the new checkpoint takes the place of the old one. Raises OSError
+    as long as nothing has changed; once the folder has its name, the checkpoint counts.
+    """
+    final = writing.with_name(writing.name.partition(".")[0])
     for path in (*fresh, writing):
         _sync(path)
-    if final.exists():  # of a run that went back and came here again
-        remove(final)
-    writing.rename(final)
-    _sync(final.parent)
+    old = final.rename(_unfinished_name(final)) if final.exists() else None
+    try:
+        writing.rename(final)
+    except OSError:
+        if old is not None:
+            old.rename(final)
+        raise
+    try:
+        _sync(final.parent)
+        if old is not None:
+            shutil.rmtree(old)
+    except OSError as error:
+        logger.warning("after %s was completed: %s", final, error)
     return final
 
 
@@ -88,9 +104,7 @@ def remove(path: Path) -> None:
     """Delete a checkpoint."""
     if _COMPLETE.fullmatch(path.name):
         # Renamed first: a crash in between must not leave half a checkpoint under a complete one's name.
-        going = _marked(path, WRITING)
-        shutil.rmtree(going, ignore_errors=True)
-        path = path.rename(going)
+        path = path.rename(_unfinished_name(path))
     shutil.rmtree(path)
 
 
@@ -105,6 +119,11 @@ def superseded(root: Path, keep: int, keep_every: int) -> list[Path]:
 
 def _marked(path: Path, mark: str) -> Path:
     return path.with_name(path.name + mark)
+
+
+def _unfinished_name(path: Path) -> Path:
+    """A name that nobody else uses, at which nobody takes the folder for a checkpoint."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(3)}{WRITING}")
 
 
 def _sync(path: Path) -> None:

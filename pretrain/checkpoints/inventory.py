@@ -12,7 +12,7 @@ from .folder import DAMAGED, WRITING
 
 State = Literal["complete", "unfinished", "damaged"]
 
-_NAME = re.compile(rf"step-(\d{{8,}})({re.escape(WRITING)}|{re.escape(DAMAGED)})?")
+_NAME = re.compile(rf"step-(\d{{8,}})(?:(?:\.[0-9a-f]+)?({re.escape(WRITING)})|({re.escape(DAMAGED)}))?")
 _STATES: dict[str | None, State] = {None: "complete", WRITING: "unfinished", DAMAGED: "damaged"}
 
 
@@ -28,7 +28,7 @@ class Entry:
 def entry_of(path: Path) -> Entry | None:
     """What a path is by its name; None where that is no checkpoint's."""
     match = _NAME.fullmatch(path.name)
-    return Entry(path, int(match[1]), _STATES[match[2]]) if match else None
+    return Entry(path, int(match[1]), _STATES[match[2] or match[3]]) if match else None
 
 
 def entries(root: Path) -> list[Entry]:

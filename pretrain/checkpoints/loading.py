@@ -9,7 +9,7 @@ from typing import Any
 
 from ...configs.errors import RunError
 from ...configs.schema import Checkpoint
-from ...parallel.agreement import done_by_first_rank, union_over_ranks
+from ...parallel.agreement import done_by_first_rank, together, union_over_ranks
 from ...parallel.engine import Engine
 from ...parallel.random_states import RandomStates
 from ...parallel.tensor_files import load_tensors
@@ -79,7 +79,7 @@ def _problem(path: Path, topology: Topology) -> str | None:
     if damage is not None:
         return damage
     names = sorted(files)[topology.rank :: topology.layout.world_size]
-    own = _first_problem(path, {name: files[name] for name in names})
+    own = together(lambda: _first_problem(path, {name: files[name] for name in names}), topology)
     told = union_over_ranks(own, topology)
     outages = [sentence for sentence, is_damage in told.items() if not is_damage]
     if outages:

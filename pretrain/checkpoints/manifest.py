@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,8 @@ from ...configs.errors import RunError
 FORMAT = 3
 MANIFEST, STATE, TENSORS, RANDOM = "manifest.json", "state.json", "tensors.json", "random.npz"
 
-_NEEDED = {".metadata", STATE, TENSORS, RANDOM}
+INDEX = ".metadata"
+_NEEDED = {INDEX, STATE, TENSORS, RANDOM}
 """Every checkpoint has these; the first is unpickled, by torch, and so never opened unless it is vouched for."""
 
 
@@ -70,16 +73,25 @@ def problems(
 ) -> Iterable[Problem]:
     """Those of ``files`` that are missing or no longer what they were, in order; ``now`` reads what one is."""
     for name, entry in files.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            yield Problem(name, "is missing")
-            continue
+        problem = _problem(folder / name, entry, now)
+        if problem is not None:
+            yield problem
+
+
+def _problem(path: Path, entry: FileEntry, now: Callable[[Path], FileEntry]) -> Problem | None:
+    try:
+        size = path.stat().st_size
         if size != entry.bytes:
-            yield Problem(name, f"has {size:,} bytes instead of {entry.bytes:,}")
-        elif now(path).sha256 != entry.sha256:
-            yield Problem(name, "differs from what was written")
+            return Problem(path.name, f"has {size:,} bytes instead of {entry.bytes:,}")
+        if now(path).sha256 != entry.sha256:
+            return Problem(path.name, "differs from what was written")
+    except FileNotFoundError:
+        return Problem(path.name, "is missing")
+    except OSError as error:
+        if error.errno != errno.EIO:  # anything else is an outage
+            raise
+        return Problem(path.name, "cannot be read from its disk")
+    return None
 
 
 def verify(folder: Path) -> None:
@@ -114,6 +126,6 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def _plain(name: str) -> str:
     """A manifest that somebody wrote must not lead out of the checkpoint."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name:
+    if not re.fullmatch(r"(?!\.\.?$)[A-Za-z0-9._-]+", name):
         raise ValueError(f"{name!r} is no name of a file")
     return name

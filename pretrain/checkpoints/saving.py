@@ -12,19 +12,18 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...configs.errors import RunError
 from ...configs.schema import Checkpoint
-from ...parallel.agreement import done_by_first_rank, gathered
+from ...parallel.agreement import done_by_first_rank, gathered, together
 from ...parallel.engine import Engine
 from ...parallel.random_states import RandomStates
 from ...parallel.tensor_files import PendingTensors, TensorWriter, Written
 from . import folder
-from .manifest import MANIFEST, RANDOM, STATE, TENSORS, FileEntry, describe, write_json, write_manifest
+from .manifest import INDEX, MANIFEST, RANDOM, STATE, TENSORS, FileEntry, describe, write_json, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,8 @@ class _Pending:
 class CheckpointWriter:
     """Writes one checkpoint after the other. Every rank holds one and must call the same methods."""
 
-    def __init__(self, root: Path, engine: Engine, settings: Checkpoint, fence: Callable[[], None] = lambda: None):
-        """``fence`` is called by rank 0 before a checkpoint gets its name, and raises RunError where it may not."""
-        self._root, self._engine, self._settings, self._fence = root, engine, settings, fence
+    def __init__(self, root: Path, engine: Engine, settings: Checkpoint):
+        self._root, self._engine, self._settings = root, engine, settings
         self._tensors = TensorWriter(engine)
         self._pending: _Pending | None = None
         self._bytes = 0
@@ -104,16 +102,17 @@ class CheckpointWriter:
         if pending is None:
             return None
         started = time.perf_counter()
-        written = gathered(pending.tensors.written())
+        own = together(pending.tensors.written, self._engine.topology)
+        written = gathered(own)
         path, self._bytes = done_by_first_rank(lambda: self._complete(pending, written))
         ended = time.perf_counter()
         return Saved(path, pending.stall_s + ended - started, ended - pending.begun, self._bytes)
 
     def _make_folder(self, step: int) -> Path:
         self._root.mkdir(parents=True, exist_ok=True)
-        self._check_room(step)
         for left in folder.unfinished(self._root):
             shutil.rmtree(left, ignore_errors=True)
+        self._check_room(step)
         return folder.begin(self._root, step)
 
     def _check_room(self, step: int) -> None:
@@ -128,8 +127,8 @@ class CheckpointWriter:
         """Rank 0's part: the index, the state, the manifest, the name; then old checkpoints go."""
         try:
             files = self._write_rest(pending, written)
-            self._fence()
-            path = folder.commit(pending.writing, [pending.writing / name for name in self._own(files, written)])
+            fresh = [pending.writing / name for name in (INDEX, STATE, TENSORS, RANDOM, MANIFEST)]
+            path = folder.commit(pending.writing, fresh)
         except Exception as error:
             failure = self._failure(pending, error)  # it tells how much room there is before the folder goes
             shutil.rmtree(pending.writing, ignore_errors=True)
@@ -147,16 +146,12 @@ class CheckpointWriter:
         write_json(writing / TENSORS, pending.tensors.shapes())
         RandomStates.write(writing / RANDOM, pending.random)
         files = {file.name: FileEntry(file.bytes, file.sha256) for one in written for file in one.files}
-        for path in writing.iterdir():
-            if path.name not in files:
-                files[path.name] = describe(path)
+        for name, entry in files.items():
+            if (size := (writing / name).stat().st_size) != entry.bytes:
+                raise RunError(f"{name} has {size:,} bytes instead of {entry.bytes:,}")
+        files |= {name: describe(writing / name) for name in (INDEX, STATE, TENSORS, RANDOM)}
         write_manifest(writing, files)
         return files
-
-    def _own(self, files: dict[str, FileEntry], written: list[Written]) -> list[str]:
-        """What rank 0 has just written, and is not on disk for certain."""
-        by_ranks = {file.name for one in written for file in one.files}
-        return [MANIFEST, *(name for name in files if name not in by_ranks)]
 
     def _failure(self, pending: _Pending, error: Exception) -> str:
         try:
@@ -169,8 +164,8 @@ class CheckpointWriter:
         )
 
     def _prune(self) -> None:
-        for path in folder.superseded(self._root, self._settings.keep, self._settings.keep_every):
-            try:
+        try:
+            for path in folder.superseded(self._root, self._settings.keep, self._settings.keep_every):
                 folder.remove(path)
-            except OSError as error:
-                logger.warning("the old checkpoint %s cannot be removed: %s", path, error)
+        except OSError as error:
+            logger.warning("old checkpoints in %s cannot be removed: %s", self._root, error)

@@ -34,7 +34,7 @@ def run_config(data: Path, directory: Path, **sections: Any) -> dict[str, Any]:
         train={"steps": 10, "global_batch_size": BATCH, "micro_batch_size": 1, "sequence_length": 32}
         | sections.pop("train", {}),
         data={"directory": str(data), "record_samples": True},
-        evaluation={"interval": 0},
+        evaluation=sections.pop("evaluation", {"interval": 0}),
         checkpoint={"interval": 3, "keep": 9},
         run={"directory": str(directory)},
         **sections,
@@ -128,14 +128,21 @@ def test_a_run_that_skips_too_often_stops(faulty: Run, tmp_path: Path) -> None:
 
 def test_a_run_goes_back_and_leaves_out_the_samples(faulty: Run, tmp_path: Path) -> None:
     """At step 6 back to the checkpoint of step 3: the samples of steps 4, 5 and 6 are not trained on, and the run has
-    all its steps. Begun again it reads on where it stood."""
-    faulty("whole", at=[], train={"steps": 14})
+    all its steps, each at its learning rate. Begun again it reads on where it stood."""
+    schedule = {"schedule": "cosine", "decay_steps": 14}
+    faulty("whole", at=[], train={"steps": 14}, optimizer=schedule)
     watch = {"on_nonfinite": "roll_back"}
-    outcome, warnings = faulty("run", at=[5 * BATCH], watch=watch)
+    outcome, warnings = faulty(
+        "run", at=[5 * BATCH], watch=watch, evaluation={"interval": 3, "batches": 1}, optimizer=schedule
+    )
     assert outcome == "finished"
+    evaluated = [line["step"] for line in lines(tmp_path / "run" / "metrics.jsonl") if "validation_loss" in line]
+    assert evaluated == [0, 3, 6, 9, 10]
     assert "back to step-00000003, and 12 samples are left out" in warnings[-1]
-    outcome, _ = faulty("run", at=[], watch=watch, train={"steps": 11})
+    outcome, _ = faulty("run", at=[], watch=watch, train={"steps": 11}, optimizer=schedule)
     assert outcome == "finished"
+    rates = [[m["lr"] for m in steps(tmp_path / name)][:11] for name in ("run", "whole")]
+    assert rates[0] == rates[1]
     whole, found = samples(tmp_path / "whole"), samples(tmp_path / "run")
     assert [found[step] for step in range(1, 4)] == [whole[step] for step in range(1, 4)]
     assert [found[step] for step in range(4, 12)] == [whole[step + 3] for step in range(4, 12)]
@@ -143,6 +150,20 @@ def test_a_run_goes_back_and_leaves_out_the_samples(faulty: Run, tmp_path: Path)
     (event,) = events(tmp_path / "run", "went back")
     assert (event["step"], event["to"], event["left_out"]) == (6, 3, [12, 24])
     assert steps(tmp_path / "run")[-1]["consumed_samples"] == 14 * BATCH
+
+
+def test_a_way_back_survives_the_end_of_the_run(ranks: RankPool, faulty: Run, data: Path, tmp_path: Path) -> None:
+    """Directly after it has gone back the run is stopped: the next one leaves out the same samples, and has counted."""
+    faulty("whole", at=[], train={"steps": 10})
+    config = run_config(data, tmp_path / "run", watch={"on_nonfinite": "roll_back", "roll_back_budget": 1})
+    told = ranks.run("running:stopped_after_going_back", 2, config=config, at=[5 * BATCH])
+    assert told == ["stopped", "stopped"]
+    assert json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())["run"][
+        "progress"
+    ] == {"step": 3, "samples": 6 * BATCH, "tokens": 3 * BATCH * 32}
+    outcome, _ = faulty("run", at=[8 * BATCH], watch={"on_nonfinite": "roll_back", "roll_back_budget": 1})
+    assert "the run went back 1 times" in outcome
+    assert samples(tmp_path / "run")[4] == samples(tmp_path / "whole")[7]
 
 
 def test_a_run_goes_back_only_so_often(faulty: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,15 @@ def _deadly(function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         os.kill(os.getpid(), signal.SIGKILL)
 
     return call
+
+
+def loses_a_file(rank: int, world_size: int, *, config: dict[str, Any], save: str) -> None:
+    """Somebody removes a file of a checkpoint that all ranks have written, before it is complete."""
+    run = Config.model_validate(config)
+    with joined_engine(rank, world_size, run) as engine:
+        writer = CheckpointWriter(Path(save), engine, run.checkpoint)
+        writer.begin(1, {"steps": 1})
+        while writer.busy:
+            time.sleep(0.01)
+        next(Path(save).glob("*/__0_0.distcp")).unlink()
+        writer.finish()

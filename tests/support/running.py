@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import shutil
 import time
 from typing import Any
@@ -16,6 +18,8 @@ from trine.configs.schema import Config
 from trine.data_pipeline.opening import read_prepared
 from trine.parallel.topology import build_topology, local_device
 from trine.pretrain.place import Place
+from trine.pretrain.run_lock import HeldLocks, RunLock
+from trine.pretrain.stopping import Stop
 from trine.pretrain.trainer import Trainer
 
 
@@ -52,12 +56,33 @@ def faulty(
 ) -> tuple[str, list[str]]:
     """A run in which the last rank's gradients are multiplied by ``factor`` wherever a step begins after one of the
     numbers of samples in ``at``, the first ``times`` times; what came of it, and the warnings."""
-    trainer, left = trainer_of(rank, world_size, config), [times]
+    trainer = trainer_of(rank, world_size, config)
+    _break_gradients(trainer, at, factor, times)
+    return _run(trainer)
+
+
+def stopped_after_going_back(rank: int, world_size: int, *, config: dict[str, Any], at: list[int]) -> str:
+    """A run whose last rank has gradients that are not finite, and which is stopped as soon as it has gone back."""
+    trainer = trainer_of(rank, world_size, config)
+    _break_gradients(trainer, at, math.nan, 99)
+    go_back = trainer._go_back
+
+    def go_back_and_stop(*arguments: Any) -> None:
+        go_back(*arguments)
+        trainer.requests.seen = lambda: Stop.SIGNAL  # type: ignore[method-assign]
+
+    trainer._go_back = go_back_and_stop  # type: ignore[method-assign]
+    trainer.run()
+    return "finished" if trainer.finished else "stopped"
+
+
+def _break_gradients(trainer: Trainer, at: list[int], factor: float, times: int) -> None:
+    left, last = [times], trainer.topology.layout.world_size - 1
     compute = trainer.engine.compute_gradients
 
     def faulty_gradients(*arguments: Any) -> float:
         loss = compute(*arguments)
-        if rank == world_size - 1 and trainer.progress.samples in at and left[0] > 0:
+        if trainer.topology.rank == last and trainer.progress.samples in at and left[0] > 0:
             left[0] -= 1
             for chunk in trainer.engine.chunks:
                 for parameter in chunk.parameters():
@@ -65,7 +90,6 @@ def faulty(
         return loss
 
     trainer.engine.compute_gradients = faulty_gradients  # type: ignore[method-assign,assignment]
-    return _run(trainer)
 
 
 def slow(rank: int, world_size: int, *, config: dict[str, Any], seconds: float) -> tuple[str, list[str]]:
@@ -119,11 +143,33 @@ def loses_checkpoints(rank: int, world_size: int, *, config: dict[str, Any], at_
     trainer = trainer_of(rank, world_size, config)
     begin = trainer.saver.begin
 
-    def begin_and_lose(step: int, state: dict[str, Any]) -> Any:
-        saved = begin(step, state)
+    def begin_and_lose(step: int, state: dict[str, Any]) -> None:
+        begin(step, state)
         if step == at_step:
             shutil.rmtree(trainer.config.checkpoint_directory)
-        return saved
+
+    trainer.saver.begin = begin_and_lose  # type: ignore[method-assign]
+    return _run(trainer)
+
+
+def loses_lock(rank: int, world_size: int, *, config: dict[str, Any], at_step: int) -> tuple[str, list[str]]:
+    """A run whose folder another run takes over while it saves ``at_step``; another's checkpoint is on its way."""
+    run = Config.model_validate(config).run.directory
+    lock = RunLock.acquire(run, beat_seconds=0.1) if rank == 0 else None
+    trainer = trainer_of(rank, world_size, config)
+    trainer.lock = HeldLocks(lock) if lock else None
+    trainer.saver._fence = lock.check if lock else lambda: None
+    begin = trainer.saver.begin
+
+    def begin_and_lose(step: int, state: dict[str, Any]) -> None:
+        begin(step, state)
+        if step == at_step and rank == 0:
+            held = json.loads((run / "run.lock").read_text())
+            (run / "run.lock").write_text(json.dumps(held | {"token": "0" * len(held["token"])}))
+            (trainer.config.checkpoint_directory / "step-00000099.abc.writing").mkdir()
+            deadline = time.monotonic() + 30
+            while lock and not lock.lost and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     trainer.saver.begin = begin_and_lose  # type: ignore[method-assign]
     return _run(trainer)
