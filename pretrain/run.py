@@ -85,11 +85,18 @@ def _hold(config: Config, topology: Topology, stack: ExitStack) -> HeldLocks | N
     def take() -> None:
         locks.append(stack.enter_context(RunLock.acquire(config.run.directory)))
         if not config.checkpoint_directory.is_relative_to(config.run.directory):
-            locks.append(stack.enter_context(RunLock.acquire(config.checkpoint_directory)))
+            locks.append(stack.enter_context(_lock_of_checkpoints(config.checkpoint_directory)))
         exit_state.clear(config.run.directory)
 
     done_by_first_rank(take)
     return HeldLocks(*locks) if topology.rank == 0 else None
+
+
+def _lock_of_checkpoints(directory: Path) -> RunLock:
+    try:
+        return RunLock.acquire(directory)
+    except (UsageError, RunError) as error:  # which speaks of the folder by the key that it mostly has
+        raise type(error)(str(error).replace("run.directory", "checkpoint.directory")) from error
 
 
 def _watchdog(config: Config, place: Place, pulse: Pulse, outside: Outside) -> HangWatchdog:

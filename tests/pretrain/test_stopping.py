@@ -108,10 +108,14 @@ def test_a_stop_file_ends_a_run_that_holds_its_folder(
     assert (state["outcome"], state["resume"]) == ("stopped", False)
     assert state["reason"] == "the stop file asked for it"
     assert not (tmp_path / "run.lock").exists()
-    # An old wish does not stop the next run.
+    assert not (tmp_path / "stop").exists()
+    # A wish that was made while a run waited for its turn counts; what a launcher asked of an earlier one does not.
     (tmp_path / "stop").touch()
-    again = trine(*arguments[:3], f"train.steps={state['step'] + 1}", *ONE_RANK)
-    assert again.returncode == 0, again.stderr
+    again = trine(*arguments)
+    assert (again.returncode, exit_state(tmp_path)["step"]) == (75, state["step"] + 1), again.stderr
+    (tmp_path / "stop").write_text("requeue")
+    last = trine(*arguments[:3], f"train.steps={state['step'] + 2}", *ONE_RANK)
+    assert last.returncode == 0, last.stderr
 
 
 def test_a_run_stops_when_its_time_is_over(trine: Any, recipe: Path, tmp_path: Path) -> None:
@@ -179,7 +183,8 @@ def test_a_full_disk_ends_no_run_before_its_last_save(
              "checkpoint.interval=1", "checkpoint.failure_budget=100"]  # fmt: skip
     begun = trine(*words, "train.steps=3")
     assert begun.returncode == 0, begun.stderr
-    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    # What is left has room for a lock.
+    (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free - 32768))
     failed = trine(*words)
     assert failed.returncode == 1
     assert "No space left on device" in failed.stderr
