@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import time
 from dataclasses import asdict, dataclass, field
@@ -54,8 +55,10 @@ class Attempts:
     current: Attempt
     productive_s: float
     """Seconds of the steps up to here, whichever attempt took them; a checkpoint carries it."""
-    _clock: float = field(default_factory=time.monotonic)
+    _clock: float = field(default_factory=lambda: time.monotonic() - _age())
+    """When this process began: what it takes to start is time in which nothing is trained."""
     _written: float = 0.0
+    _told: bool = False
 
     @staticmethod
     def begin(directory: Path, step: int, productive_s: float) -> Attempts:
@@ -63,7 +66,7 @@ class Attempts:
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         current = Attempt(started, socket.gethostname(), first_step=step, last_step=step)
         attempts = Attempts(directory, _read(directory / NAME), current, productive_s)
-        attempts._write()
+        attempts.write()
         return attempts
 
     @property
@@ -76,7 +79,7 @@ class Attempts:
         self.current.last_step = step
         self.productive_s += seconds if counts else 0.0
         if time.monotonic() - self._written > _WRITE_EVERY_S:
-            self._write()
+            self.write()
 
     def goodput(self) -> Goodput:
         """Of the whole run until now."""
@@ -86,9 +89,10 @@ class Attempts:
     def end(self, how: str) -> None:
         """Note how this attempt ends."""
         self.current.end = how
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Bring everything to the disk, as is done every ten seconds and with each checkpoint."""
         self._written = time.monotonic()
         self.current.up_s = round(self._written - self._clock, 3)
         document = [asdict(attempt) for attempt in (*self.earlier, self.current)]
@@ -97,7 +101,9 @@ class Attempts:
             part.write_text(json.dumps(document, indent=1) + "\n")
             part.replace(self.directory / NAME)
         except OSError as error:  # a full disk, say; statistics are nothing to end a run for
-            logger.warning("%s cannot be written for now: %s", self.directory / NAME, error.strerror)
+            if not self._told:
+                logger.warning("%s cannot be written for now: %s", self.directory / NAME, error.strerror)
+            self._told = True
 
 
 def _read(path: Path) -> list[Attempt]:
@@ -106,3 +112,12 @@ def _read(path: Path) -> list[Attempt]:
         return [Attempt(**line) for line in lines]
     except (OSError, ValueError, TypeError):  # none yet, or one that a full disk cut short: only statistics are lost
         return []
+
+
+def _age() -> float:
+    """Seconds since this process began, by a clock that nobody sets; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0

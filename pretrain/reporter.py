@@ -141,6 +141,8 @@ class Reporter:
 
     def saved(self, saved: Saved) -> None:
         """Report a finished checkpoint."""
+        if self._attempts is not None:
+            self._attempts.write()
         if self._metrics is not None:
             self._metrics.saved(saved)
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _ROOM = 1.2
 """A save is not begun unless this many times the size of the last one is free."""
+_DAMAGED_KEPT = 2
 _MIB = 1 << 20
 
 
@@ -166,6 +167,9 @@ class CheckpointWriter:
     def _prune(self) -> None:
         try:
             for path in folder.superseded(self._root, self._settings.keep, self._settings.keep_every):
+                folder.remove(path)
+            # The newest of the damaged ones stay for whoever wants to know what happened; all would fill the disk.
+            for path in folder.damaged(self._root)[:-_DAMAGED_KEPT]:
                 folder.remove(path)
         except OSError as error:
             logger.warning("old checkpoints in %s cannot be removed: %s", self._root, error)

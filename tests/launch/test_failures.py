@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from trine.launch.failures import root_cause
+from trine.launch.failures import recorded_failures, root_cause
 
 START = 1_700_000_000
 CLOSED = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
@@ -74,3 +74,17 @@ def test_a_usage_error_keeps_its_lines(failed: Failed) -> None:
 
 def test_an_exit_without_a_message_is_told_by_its_code(failed: Failed) -> None:
     assert root_cause({0: failed(7)}).how == "ended with exit code 7 and no message"
+
+
+def test_what_ranks_recorded_when_a_signal_ended_the_launch(tmp_path: Path) -> None:
+    """Rank 1 could not save; rank 0 lost it; rank 2 was killed while it wrote; rank 3 found wrong use."""
+    texts = {0: CLOSED, 1: "RunError: checkpoint x could not be written", 3: "UsageError: train.steps=0 is too few"}
+    for rank in range(4):
+        path = tmp_path / "run_abc" / "attempt_0" / str(rank) / "error.json"
+        path.parent.mkdir(parents=True)
+        error = {"message": texts.get(rank), "extraInfo": {"py_callstack": texts.get(rank), "timestamp": "1"}}
+        path.write_text(json.dumps({"message": error}) if rank in texts else '{"mess')
+    found = recorded_failures(tmp_path)
+    assert {rank: failure.exitcode for rank, failure in found.items()} == {1: 1, 3: 2}
+    assert root_cause(found).how.startswith("failed: checkpoint x could not be written")
+    assert recorded_failures(tmp_path / "none") == {}
