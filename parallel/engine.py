@@ -126,10 +126,11 @@ class Engine:
     def close(self) -> None:
         """Let go of the process groups, so that leaving the topology can end their threads.
 
-        A parameter's gradient hook holds the wrapper that made it, whose configuration holds the optimizer, whose
-        views of the parameter hold the hook: a cycle through C++, where no collector sees it.
+        A parameter's gradient hook holds the wrapper that made it, whose configuration holds the optimizer and this
+        engine, whose views of the parameter hold the hook: a cycle through C++, where no collector sees it.
         """
-        self.engine_config.grad_scale_func = None
+        self.engine_config.grad_scale_func = self.engine_config.finalize_model_grads_func = None
+        self._communicator_in_use = None  # its copy of the configuration has them, too
         for chunk in self.parallel_chunks:
             chunk.grad_accs.clear()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from trine.configs.errors import RunError
 from trine.configs.schema import Checkpoint, Config
+from trine.parallel.topology import leave_topology
 from trine.pretrain.checkpoints import loading
 from trine.pretrain.checkpoints.saving import CheckpointWriter
 from trine.pretrain.parity import ADAM_EPS, StepsOfRank, joined_engine, take_steps
@@ -78,3 +81,10 @@ def error_of_loading(rank: int, world_size: int, *, config: dict[str, Any], load
         except RunError as error:
             return str(error)
     return f"loaded {found.path.name}"
+
+
+def threads_after_training(rank: int, world_size: int, *, config: dict[str, Any], save: str) -> int:
+    """Train and save a step, let go of the engine, and count this worker's threads."""
+    train(rank, world_size, config=config, steps=1, save=save)
+    leave_topology()
+    return psutil.Process().num_threads()
