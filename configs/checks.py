@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .data_checks import check_data, check_ramps
@@ -44,6 +45,14 @@ def check_config(config: Config) -> None:
     check_pipeline(config.model.stack, config.parallel)
     _check_schedule(config.train, config.optimizer)
     check_watch(config.watch, config.checkpoint)
+    _check_places(config)
+
+
+def _check_places(config: Config) -> None:
+    places = {"run.directory": config.run.directory, "checkpoint.directory": config.checkpoint.directory}
+    for name, path in places.items():
+        if path is not None and re.match(r"[a-z0-9+]+:/", str(path)):
+            raise UsageError(f"{name}={path} is a URL, and runs write to folders: name one that all ranks share")
 
 
 def check_layout(config: Config, world_size: int) -> Layout:

@@ -22,16 +22,18 @@ class _Row(NamedTuple):
     contents: Contents | None
     """None for what has no manifest to speak for it."""
     wrong: tuple[str, ...]
-    newest: bool
+    newest: bool = False
+    """Whether a run would continue from it: the newest complete one with which nothing is seen to be wrong."""
 
 
 def show_list(place: Place, json_target: str | None) -> int:
     """Print the checkpoints of ``place``. Returns 0."""
-    newest = next((entry for entry in reversed(place.entries()) if entry.state == "complete"), None)
     rows: list[_Row] = []
     for entry in place.entries():
         with suppress(FileNotFoundError):  # a run has removed it meanwhile
-            rows.append(_row(entry, newest=entry == newest))
+            rows.append(_row(entry))
+    whole = [row.entry for row in rows if row.entry.state == "complete" and not row.wrong]
+    rows = [row._replace(newest=row.entry in whole[-1:]) for row in rows]
     say(_text(rows) if rows else [place.nothing], stream_for_text(json_target))
     if json_target is not None:
         document = {"directory": str(place.root), "checkpoints": [_document(row) for row in rows]}
@@ -54,9 +56,9 @@ def layout_of(contents: Contents | None) -> str:
     return ": ".join([*told, *([layout] if layout else [])]) or UNKNOWN
 
 
-def _row(entry: Entry, *, newest: bool) -> _Row:
+def _row(entry: Entry) -> _Row:
     if entry.state == "unfinished":
-        return _Row(entry, written(entry.path), sum(file_sizes(entry.path).values()), None, (), newest)
+        return _Row(entry, written(entry.path), sum(file_sizes(entry.path).values()), None, ())
     contents, wrong = None, tuple[str, ...]()
     try:
         contents = read_contents(entry.path)
@@ -68,7 +70,7 @@ def _row(entry: Entry, *, newest: bool) -> _Row:
     except OSError as error:
         wrong = (f"{Path(error.filename or entry.path).name} cannot be read ({error.strerror})",)
     sizes = contents.sizes if contents else file_sizes(entry.path)
-    return _Row(entry, written(entry.path), sum(sizes.values()), contents, wrong, newest)
+    return _Row(entry, written(entry.path), sum(sizes.values()), contents, wrong)
 
 
 def _text(rows: list[_Row]) -> list[str]:
@@ -78,7 +80,7 @@ def _text(rows: list[_Row]) -> list[str]:
             integer(_progress(row, "tokens")),
             local_time(row.written),
             size(row.bytes),
-            row.entry.state,
+            "damaged" if row.wrong else row.entry.state,
             layout_of(row.contents),
             "; ".join([*(["newest"] if row.newest else []), *row.wrong[:1], *(["..."] if row.wrong[1:] else [])]),
         )

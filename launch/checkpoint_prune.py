@@ -98,7 +98,7 @@ def _check_newest(root: Path, workers: int) -> None:
     if found:
         raise RunError(
             f"{newest.name}, the newest, is damaged ({found[0]}), so nothing is removed: restore "
-            f"it from a copy or rename it to {newest.name}{folder.DAMAGED}, or use --no-verify"
+            f"it from a copy or rename it to {newest.name}{folder.DAMAGED}"
         )
 
 

@@ -158,6 +158,8 @@ def _summary(place: Place, verdicts: list[Verdict], damaged: list[Verdict]) -> s
     total = size(sum(verdict.bytes for verdict in verdicts))
     if not damaged:
         return f"{count(len(verdicts), 'checkpoint')} verified, {total}"
+    if len(damaged) == len(verdicts):
+        return f"{len(damaged)} of {count(len(verdicts), 'checkpoint')} damaged: restore the named files from a copy"
     return (
         f"{len(damaged)} of {count(len(verdicts), 'checkpoint')} damaged: restore the named files from a copy, or "
         "remove the checkpoint, and a run continues from the one before"

@@ -7,6 +7,8 @@ from pathlib import Path
 from ..configs.errors import RunError, UsageError
 from ..pretrain import exit_state
 from ..pretrain.checkpoints import folder
+from ..pretrain.lock_holder import parse
+from ..pretrain.run_lock import LOCK
 from . import slurm_jobs
 
 
@@ -31,9 +33,19 @@ def ask_to_stop(run: Path) -> int:
         print(f"cancelled {', '.join(waiting)}, which had not begun")
     if live and len(waiting) == len(live):
         return 0
+    if not live and exit_state.read(run) is not None and _lock_of(run) is None:
+        print(f"nothing to stop: {_outcome(run)}")
+        return 0
     (run / exit_state.STOP_FILE).write_bytes(b"")
     print(f"wrote {run / exit_state.STOP_FILE}: the run saves after the step at hand, ends, and is not started again")
     return 0
+
+
+def _lock_of(run: Path) -> bytes | None:
+    try:
+        return (run / LOCK).read_bytes()
+    except OSError:
+        return None
 
 
 def _check(run: Path) -> None:
@@ -44,7 +56,8 @@ def _check(run: Path) -> None:
 def _outcome(run: Path) -> str:
     state = exit_state.read(run)
     if state is None:
-        return "it runs, or was killed, or has not begun"
+        holder = parse(_lock_of(run))
+        return f"runs, or was killed: run.lock is held by {holder}" if holder else "was killed, or has not begun"
     again = "; the same command continues it" if state.resume else ""
     return f"{state.outcome} at step {state.step:,} of {state.steps:,}: {state.reason}{again}"
 

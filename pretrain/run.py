@@ -114,9 +114,15 @@ def _failures_noted(config: Config, lock: HeldLocks | None) -> Iterator[None]:
     except Exception as error:
         if lock is not None:
             refused = isinstance(error, UsageError)
-            reason, code = str(error).partition("\n")[0], 2 if refused else 1
+            reason, code = _reason(error), 2 if refused else 1
             _leave_word(config.run.directory, lock, _state(config, "refused" if refused else "failed", reason, code))
         raise
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, (UsageError, RunError)):
+        return str(error).partition("\n")[0]
+    return f"rank 0 lost another rank, or failed by itself ({type(error).__name__}): the logs of the ranks say more"
 
 
 def _left_word(trainer: Trainer, lock: HeldLocks | None) -> ExitState:

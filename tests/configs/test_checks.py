@@ -478,3 +478,9 @@ def test_watch(load: Load, overrides: list[str], sentence: str) -> None:
 
 def test_no_watch_needs_no_time(load: Load) -> None:
     check_config(load("watch.hang_seconds=0", "watch.collective_timeout=10"))
+
+
+@pytest.mark.parametrize("key", ["run.directory", "checkpoint.directory"])
+def test_runs_write_to_folders(load: Load, key: str) -> None:
+    with pytest.raises(UsageError, match=rf"{key}=s3:/b/x is a URL, and runs write to folders"):
+        check_config(load(f"{key}=s3://b/x"))

@@ -9,6 +9,7 @@ import pytest
 
 from trine.launch.cli import main
 from trine.pretrain.exit_state import ExitState, write
+from trine.pretrain.run_lock import RunLock
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -31,7 +32,7 @@ def status(capsys: Capture, run: Path) -> list[str]:
 
 def test_a_run_that_has_said_nothing(run: Path, capsys: Capture) -> None:
     assert status(capsys, run) == [
-        "outcome     it runs, or was killed, or has not begun",
+        "outcome     was killed, or has not begun",
         "checkpoint  none yet",
     ]
 
@@ -54,6 +55,21 @@ def test_stop(run: Path, capsys: Capture) -> None:
     assert main(["launch", "stop", str(run)]) == 0
     assert (run / "stop").read_bytes() == b""
     assert capsys.readouterr().out.startswith(f"wrote {run}/stop: the run saves after the step at hand")
+
+
+def test_a_run_that_holds_its_folder(run: Path, capsys: Capture) -> None:
+    with RunLock.acquire(run):
+        assert status(capsys, run)[0].startswith("outcome     runs, or was killed: run.lock is held by process ")
+        assert main(["launch", "stop", str(run)]) == 0
+        assert (run / "stop").exists()
+
+
+def test_there_is_nothing_to_stop_where_nothing_runs(run: Path, capsys: Capture) -> None:
+    """A wish that is left behind would stop the next run."""
+    write(run, ExitState("finished", False, "all steps are done", 60, 60, None, 0))
+    assert main(["launch", "stop", str(run)]) == 0
+    assert capsys.readouterr().out == "nothing to stop: finished at step 60 of 60: all steps are done\n"
+    assert not (run / "stop").exists()
 
 
 @pytest.mark.parametrize("command", ["status", "stop"])
