@@ -188,15 +188,16 @@ def test_a_spike_is_counted_or_skipped(faulty: Run, tmp_path: Path, action: str)
 
 
 def test_a_slow_rank_is_named(ranks: RankPool, data: Path, tmp_path: Path) -> None:
-    """The last of two data ranks takes 60 ms more for each of its two microbatches; its work is some ten."""
-    config = run_config(data, tmp_path, watch={"straggler_interval": 2, "straggler_ratio": 2.0})
-    (outcome, warnings), _ = ranks.run("running:slow", 2, config=config, seconds=0.06)
+    """The last of two data ranks takes 1.5 s more for its two microbatches, whose work takes some ten milliseconds, or
+    hundreds where the machine has much else to do."""
+    config = run_config(data, tmp_path, train={"steps": 4}, watch={"straggler_interval": 2})
+    (outcome, warnings), _ = ranks.run("running:slow", 2, config=config, seconds=0.75)
     assert outcome == "finished"
     assert "step 4: rank 1 on host" in warnings[0]
     assert "is a straggler" in warnings[0]
     assert len(warnings) == 1
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [e.step for e in board.Scalars("time/own_work_max")] == [2, 4, 6, 8, 10]
+    assert [e.step for e in board.Scalars("time/own_work_max")] == [2, 4]
     assert {e.value for e in board.Scalars("resilience/slowest_rank")} == {1.0}
 
 
