@@ -1,7 +1,6 @@
 """One rank of a run.
 
-Processes that this one spawns, such as those that write checkpoints, import this module again. What is heavy is
-therefore imported where it is used.
+Processes that this one spawns import this module again. What is heavy is therefore imported where it is used.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import time
+from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,8 +38,9 @@ class _Damage(Before):
         self._step, self._name = folder.name, path.name
         return f"{folder.name}/{path.name}{self.harm(path)}"
 
+    @abstractmethod
     def harm(self, path: Path) -> str:
-        raise NotImplementedError
+        """Damage a file; returns what else there is to say about how."""
 
     def broken(self, life: Life) -> Iterable[str]:
         if not self._told(life):
