@@ -9,9 +9,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 ROOMS = (
-    "configs", "kernels", "parallel", "models", "models/mixers", "pretrain", "pretrain/checkpoints", "pretrain/watch",
-    "launch", "data_pipeline", "data_pipeline/corpus", "data_pipeline/preparation", "data_pipeline/shards",
-    "data_pipeline/storage",
+    "configs", "kernels", "kernels/fp8", "kernels/fused", "kernels/fused/jit", "parallel", "models", "models/mixers",
+    "pretrain", "pretrain/checkpoints", "pretrain/watch", "launch", "data_pipeline", "data_pipeline/corpus",
+    "data_pipeline/preparation", "data_pipeline/shards", "data_pipeline/storage",
 )  # fmt: skip
 
 BASE = [
@@ -38,6 +38,7 @@ EXTRAS = {
     "remote": ["aiohttp>=3.9", "s3fs>=2024.2"],
     "plot": ["matplotlib>=3.8"],
     "fla": ["flash-linear-attention>=0.6"],
+    "bench": ["transformers>=5,<6"],  # and torchscale without what it declares: benchmarks/README.md
 }
 EXTRAS["dev"] = [
     *(one for name in ("mpi", "parquet", "zstd", "sentencepiece", "remote", "plot") for one in EXTRAS[name]),
@@ -49,6 +50,7 @@ EXTRAS["dev"] = [
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "triton>=3.6; sys_platform == 'linux'",  # its interpreter runs the GPU's kernels on a CPU
     "types-PyYAML",
     "webdataset>=1.0.2,<2",  # shards must stay readable by it
 ]

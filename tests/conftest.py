@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton, as Megatron-Core does: its kernels then run in Triton's interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from trine.launch.pool import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
