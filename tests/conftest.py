@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,20 @@ if not torch.cuda.is_available():
 from trine.launch.pool import RankPool
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU, cases marked ``gpu`` are left out unless ``-m`` asks for them."""
+    if torch.cuda.is_available() or re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A case marked ``gpu`` fails where there is none: a run that asks for it may not pass without it."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.fail("this case needs a CUDA device, and torch finds none; run without -m gpu", pytrace=False)
 
 
 @pytest.fixture(scope="session")
