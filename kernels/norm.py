@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional
 
 from .precision import accumulation_dtype
+
+
+class HeadNorm(NamedTuple):
+    """What is done to each row of a head's output: rms_norm(row, weight, eps) * scale."""
+
+    weight: Tensor | None
+    """(dv,) fp32, which all heads share; None without one."""
+    eps: float
+    scale: float
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -18,3 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return functional.rms_norm(x, x.shape[-1:], weight, eps)
     wide = accumulation_dtype(x)
     return functional.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype)
+
+
+def apply_head_norm(x: Tensor, norm: HeadNorm) -> Tensor:
+    """The norm of every row of x (..., dv), dtype kept."""
+    return rms_norm(x, norm.weight, norm.eps) * norm.scale
