@@ -147,10 +147,39 @@ class Optimizer(Section):
         return self.wsd_decay_steps or max(1, decay_steps // 10)
 
 
+class Fp8(Section):
+    """8-bit operands in the linear maps of mixers and feed-forwards, with the sums in fp32."""
+
+    backend: Literal["te", "scaled_mm", "emulate"]
+    """``te``: Transformer Engine; ``scaled_mm``: torch's own product; ``emulate``: the same rounding without 8-bit
+    hardware, on any device and slowly."""
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """Where scales come from: one per tensor, from the last steps or from the tensor itself, or one per block."""
+    keep_first_last_bf16: NonNegativeInt = 0
+    """Layers at each end of the model whose linear maps stay in ``precision.compute``."""
+    shadow_interval: NonNegativeInt = 100
+    """Steps between comparisons of the loss with that of the same microbatches without FP8, each of which costs a
+    forward pass; 0 turns them off."""
+
+    def covers(self, layer: int, layers: int) -> bool:
+        """Whether layer ``layer``, counted from 0, of a model of ``layers`` has 8-bit operands."""
+        return self.keep_first_last_bf16 <= layer < layers - self.keep_first_last_bf16
+
+
 class Precision(Section):
     """Numbers the model computes with. Master weights and optimizer state are always fp32."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
+    fp8: Fp8 | None = None
+    """8-bit operands of linear maps; off by default."""
+
+
+class Kernels(Section):
+    """How the mixers are computed."""
+
+    backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """``auto``: the fastest on this device; ``torch``: in blocks; ``triton``: fused, on a GPU; ``reference``: the
+    papers' formulas, whose memory grows with the square of the sequence."""
 
 
 class DataSource(Section):
@@ -265,6 +294,7 @@ class Config(Section):
     train: Train
     optimizer: Optimizer = Optimizer()
     precision: Precision = Precision()
+    kernels: Kernels = Kernels()
     data: Data
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from ..configs.schema import Config
 from ..configs.stack import context_order
+from ..kernels.dispatch import check as check_backend
 from ..parallel.context import ContextParallel, SequenceShare
 from ..parallel.engine_config import engine_config
+from ..parallel.fp8_checks import check_fp8_machine
 from ..parallel.parameters import initialise
 from ..parallel.pipeline import stages_of
 from ..parallel.topology import Topology
@@ -17,10 +19,16 @@ from .split import pipeline_split
 def build_chunks(config: Config, topology: Topology) -> list[LanguageModel]:
     """The pipeline chunks of this rank, with fp32 parameters drawn from ``train.seed``.
 
-    The first parameters are the same whatever the layout. ``model.vocabulary_size`` must be known.
+    The first parameters are the same whatever the layout. ``model.vocabulary_size`` must be known. Raises UsageError
+    where ``kernels.backend`` or ``precision.fp8`` needs another machine.
     """
     layout, groups = topology.layout, topology.groups
-    site = Site(config.model, engine_config(config, topology.device), groups, topology.device, config.train.recompute)
+    check_backend(config.kernels.backend, topology.device)
+    check_fp8_machine(config, topology.device)
+    site = Site(
+        config.model, engine_config(config, topology.device), groups, topology.device, config.train.recompute,
+        fp8=config.precision.fp8, kernels=config.kernels.backend,
+    )  # fmt: skip
     context = ContextParallel(share_of(config, topology), groups.cp, config.parallel.context_exchange)
     split = pipeline_split(config)
     stages = stages_of(split, layout.pipeline, topology.pipeline_rank)

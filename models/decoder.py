@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..configs.stack import LayerPlan
+from ..parallel.linears import linears_context
 from .block import Block
 from .recompute import recomputed
 from .sequences import Sequences
@@ -34,6 +35,10 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, kv: Tensor | None, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
         """x (S_local, B, D), K,V received from the stage before -> the same after these layers."""
+        with linears_context(self.site.fp8, self.site.engine):
+            return self._through_layers(x, kv, sequences)
+
+    def _through_layers(self, x: Tensor, kv: Tensor | None, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
         whole: Tensor | None = None
         for layer in self.blocks():
             producer = str(layer.index)

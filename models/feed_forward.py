@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from ..configs.schema import Model
 from ..kernels.activation import swiglu
-from ..parallel.linear import ColumnLinear, RowLinear
 from ..parallel.parameters import Section, linear_default
 from .recompute import recomputed
 from .site import Site
@@ -23,8 +22,8 @@ class FeedForward(nn.Module):
         width, inner = model.hidden_size, model.ffn_hidden_size
         names = ("fc1", "gate") if model.ffn_activation == "swiglu" else ("fc1",)
         sections = [Section(name, (inner, width), linear_default(width)) for name in names]
-        self.input = ColumnLinear(width, sections, site.engine, site.groups)
-        self.fc2 = RowLinear(inner, width, linear_default(inner), site.engine, site.groups)
+        self.input = site.linears.column(width, sections, site.engine, site.groups)
+        self.fc2 = site.linears.row(inner, width, linear_default(inner), site.engine, site.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """(S_local, B, D) -> (S_local, B, D)."""

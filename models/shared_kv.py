@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..configs.stack import SharedKV
-from ..parallel.linear import ColumnLinear
 from ..parallel.parameters import Section, linear_default
 from .heads import merge_heads, rotate, split_heads
 from .norm import RMSNorm
@@ -29,7 +28,7 @@ class SharedKVProducer(nn.Module):
         hidden = site.model.hidden_size
         law = linear_default(hidden)
         sections = [Section(name, (kv.kv_heads * kv.head_dim, hidden), law) for name in ("key", "value")]
-        self.input = ColumnLinear(hidden, sections, site.engine, site.groups)
+        self.input = site.linears.column(hidden, sections, site.engine, site.groups)
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         """(S_local, B, D) -> (S, B, 2 * heads * d), S being the tokens of this context rank."""

@@ -9,7 +9,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..configs.schema import Model
+from ..configs.schema import Fp8, Model
+from ..kernels.dispatch import Backend
+from ..parallel.linears import Linears, linears_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,17 @@ class Site:
     device: torch.device
     recompute: Literal["none", "selective", "full"] = "none"
     """Which activations the backward pass computes again (``train.recompute``)."""
+    kernels: Backend = "auto"
+    """Which kernels the mixers run on (``kernels.backend``)."""
     layer: int = 0
     """Global index of the layer, from 0: never the index within a pipeline stage."""
+    fp8: Fp8 | None = None
+    """8-bit operands of linear maps (``precision.fp8``)."""
+
+    @property
+    def linears(self) -> Linears:
+        """What this layer's linear maps are made of."""
+        return linears_of(self.fp8, self.layer, self.engine.num_layers)
 
     @property
     def tensor_size(self) -> int:

@@ -21,6 +21,7 @@ from ..configs.ramps import StepShape, full_shape
 from ..configs.schema import Config
 from ..configs.stack import expand
 from .engine_config import DTYPES
+from .fp8_control import Fp8Control
 from .microbatch import Microbatches
 from .optimizer_state import OwningOptimizer, mended_optimizer
 from .pipeline import KVCarryCommunicator
@@ -50,6 +51,7 @@ class Engine:
         self.config, self.topology = config, topology
         self.engine_config = chunks[0].config
         self.chunks = chunks
+        self.fp8 = Fp8Control(chunks, config, topology)
         _cast(chunks, DTYPES[config.precision.compute])
         self.parallel_chunks = _wrap(chunks, topology)
         with mended_optimizer():
@@ -89,6 +91,7 @@ class Engine:
                     optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm, use_decoupled_grad=False
                 )
         self.optimizer.step_with_ready_grads()
+        self.fp8.end_step()
         self.scheduler.step(increment=1)
         return learning_rate
 
@@ -141,6 +144,7 @@ class Engine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self.fp8.begin_step()
         shape = shape or full_shape(self.config.train)
         return self._run(microbatches, self.num_microbatches(shape.samples), shape, forward_only=False)
 
@@ -151,12 +155,19 @@ class Engine:
             chunk.eval()
         return self._run(microbatches, num_microbatches, full_shape(self.config.train), forward_only=True)
 
+    @torch.no_grad()
+    def loss_without_fp8(self, microbatches: Microbatches, shape: StepShape) -> float:
+        """Loss of a step's microbatches as the compute type gives it, with the parameters as they are."""
+        with self.fp8.off():
+            return self._run(microbatches, self.num_microbatches(shape.samples), shape, forward_only=True)
+
     def num_microbatches(self, samples: int) -> int:
         """Microbatches of each data-parallel rank in a step of ``samples``."""
         return samples // (self.config.train.micro_batch_size * self.topology.layout.data)
 
     def _run(self, microbatches: Microbatches, num_microbatches: int, shape: StepShape, *, forward_only: bool) -> float:
         layout = self.topology.layout
+        self.fp8.begin_pass()
         iterators = list(itertools.tee(microbatches, len(self.parallel_chunks)))
         arguments: dict[str, Any] = dict(
             forward_step_func=self._forward_step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,6 +12,24 @@ from ..configs.schema import Config
 from ..configs.stack import expand
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+_HISTORY = 1024
+"""Transformer Engine's own default; Megatron-Core's is 1."""
+
+
+def _transformer_engine(config: Config) -> dict[str, Any]:
+    """How Transformer Engine's linear maps are to be 8-bit; our own need nothing of it."""
+    fp8 = config.precision.fp8
+    if fp8 is None or fp8.backend != "te":
+        return {}
+    both_ways = fp8.recipe in ("blockwise", "mxfp8")
+    return {
+        "fp8": "e4m3" if both_ways else "hybrid",
+        "fp8_recipe": fp8.recipe,
+        "fp8_amax_history_len": _HISTORY,
+        "fp8_amax_compute_algo": "max",
+    }
 
 
 def engine_config(config: Config, device: torch.device) -> TransformerConfig:
@@ -26,6 +45,7 @@ def engine_config(config: Config, device: torch.device) -> TransformerConfig:
     overlap = interleaved and parallel.pipeline == 2
     dtype = DTYPES[config.precision.compute]
     return TransformerConfig(
+        **_transformer_engine(config),
         num_layers=len(expand(config.model.stack)),
         hidden_size=config.model.hidden_size,
         ffn_hidden_size=config.model.ffn_hidden_size,

@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 from torch import Tensor, nn
 
 from ...configs.stack import MixerSegment, SharedKV
-from ...parallel.linear import ColumnLinear, RowLinear
 from ...parallel.parameters import Law, Section
 from ..recompute import recomputed
 from ..sequences import Sequences
@@ -27,8 +26,10 @@ class Mixer(nn.Module, ABC, Generic[SegmentT]):
     ``heads`` counts this rank's heads; ``width`` is that of one query/key head.
     """
 
-    input: ColumnLinear
-    output: RowLinear
+    input: nn.Module
+    """A column-parallel map: one tensor per projection."""
+    output: nn.Module
+    """A row-parallel map."""
 
     def __init__(self, segment: SegmentT, site: Site, shared_kv: SharedKV | None) -> None:
         super().__init__()
@@ -61,19 +62,19 @@ class Mixer(nn.Module, ABC, Generic[SegmentT]):
         Causal attention is counted over the mean number of keys, (S + 1) / 2, whatever the documents.
         """
 
-    def project_in(self, rows: dict[str, int], law: Law) -> ColumnLinear:
+    def project_in(self, rows: dict[str, int], law: Law) -> nn.Module:
         """One column-parallel product for several projections, all drawn from ``law``."""
         return self.project_in_sections(
             [Section(name, (n, self.site.model.hidden_size), law) for name, n in rows.items()]
         )
 
-    def project_in_sections(self, sections: Sequence[Section]) -> ColumnLinear:
+    def project_in_sections(self, sections: Sequence[Section]) -> nn.Module:
         """One column-parallel product whose projections have laws of their own."""
-        return ColumnLinear(self.site.model.hidden_size, sections, self.site.engine, self.site.groups)
+        return self.site.linears.column(self.site.model.hidden_size, sections, self.site.engine, self.site.groups)
 
-    def project_out(self, columns: int, law: Law) -> RowLinear:
+    def project_out(self, columns: int, law: Law) -> nn.Module:
         """The row-parallel product back to the hidden width."""
-        return RowLinear(columns, self.site.model.hidden_size, law, self.site.engine, self.site.groups)
+        return self.site.linears.row(columns, self.site.model.hidden_size, law, self.site.engine, self.site.groups)
 
 
 def projection_flops(hidden_size: int, rows_and_columns: int) -> float:

@@ -65,6 +65,7 @@ def load(found: Found, engine: Engine) -> None:
     """
     load_tensors(found.path, engine, found.state["optimizer"])
     engine.restore_schedule(found.state["scheduler"])
+    engine.fp8.restore(found.state.get("fp8"))
     states = done_by_first_rank(lambda: RandomStates.read(found.path / RANDOM))
     topology = engine.topology
     if len(states) == topology.layout.world_size:

@@ -89,6 +89,7 @@ class CheckpointWriter:
             "step": step,
             "scheduler": self._engine.scheduler.state_dict(),
             "optimizer": tensors.plain,
+            "fp8": self._engine.fp8.state(),
             "run": state,
         }
         self._pending = _Pending(step, writing, tensors, whole, random, begun, time.perf_counter() - begun)

@@ -1,0 +1,60 @@
+"""The largest magnitudes of past steps, from which delayed scaling takes its scales."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROLES = ("input", "weight", "gradient")
+"""The operands of a linear map's three products."""
+
+LENGTH = 16
+"""Steps that a scale looks back on. Transformer Engine's recipe looks back on 1024 and Megatron-Core's default is 1;
+16 outlasts single odd batches and forgets the large gradients of the first steps soon."""
+
+History = list[list[float]]
+"""For each role the magnitudes of the last steps, the newest first: what a checkpoint holds of one linear map."""
+
+
+class Histories:
+    """The histories of all linear maps of this rank. All ranks that hold a layer have the same."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._past = torch.zeros(count, len(ROLES), LENGTH, device=device)
+        self.in_force = torch.zeros(count, len(ROLES), device=device)
+        """The magnitudes that this step's scales are made for."""
+        self._seen = torch.zeros(count, len(ROLES), device=device)
+        self.known = [False] * count
+        """Whether a map has a past; one without takes the magnitudes of the tensors themselves, for one step."""
+
+    def note(self, index: int, role: int, amax: Tensor) -> None:
+        """This rank's part of a tensor of this step has the largest magnitude ``amax``, () fp32."""
+        torch.maximum(self._seen[index, role], amax, out=self._seen[index, role])
+
+    def forget_step(self) -> None:
+        """Drop what was noted since the last step that counts."""
+        self._seen.zero_()
+
+    def end_step(self, group: dist.ProcessGroup) -> None:
+        """Make what was noted on the ranks of ``group``, all that hold these layers, the newest of the past."""
+        dist.all_reduce(self._seen, op=dist.ReduceOp.MAX, group=group)
+        newest = torch.where(self._seen.isfinite(), self._seen, torch.zeros_like(self._seen))
+        self._past = torch.cat([newest.unsqueeze(-1), self._past[..., :-1]], dim=-1)
+        self.known = [True] * len(self.known)
+        self._use()
+
+    def state(self, index: int) -> History | None:
+        """The past of one map as JSON can hold it without loss; None where there is none."""
+        past: History = self._past[index].tolist()
+        return past if self.known[index] else None
+
+    def restore(self, index: int, history: History | None) -> None:
+        """Go on from ``state``; None begins anew."""
+        self.known[index] = history is not None
+        past = torch.zeros(len(ROLES), LENGTH) if history is None else torch.tensor(history)
+        self._past[index].copy_(past)
+        self._use()
+
+    def _use(self) -> None:
+        self.in_force.copy_(self._past.amax(dim=-1))
