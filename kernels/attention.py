@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,15 +36,33 @@ def attention(
     """
     _check(q, k, v, window)
     check_document_start(document_start, q)
-    if resolve(backend) == "reference":
-        return reference.attention(q, k, v, window, document_start)
     length = k.shape[2]
     sees_all = window is None or window >= length
+    window = None if sees_all else window
     # torch's fused kernels need equal widths, align the causal mask to the first key instead of the last, and
     # would take the documents as a mask of T^2 elements.
-    if sees_all and document_start is None and q.shape[2] == length and q.shape[-1] == v.shape[-1]:
+    plain = sees_all and document_start is None and q.shape[2] == length and q.shape[-1] == v.shape[-1]
+    implementation = resolve(backend, q.device, fused_refusal(q, k, v))
+    if implementation == "reference":
+        return reference.attention(q, k, v, window, document_start)
+    if plain and backend != "triton":
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return tiled_attention(q, k, v, window=None if sees_all else window, document_start=document_start)
+    if implementation == "triton":
+        from .fused.attention import fused_attention
+
+        return fused_attention(q, k, v, window=window, document_start=document_start)
+    return tiled_attention(q, k, v, window=window, document_start=document_start)
+
+
+def fused_refusal(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], str | None]:
+    """What says why the fused kernels do not take these tensors; imported only when it is asked."""
+
+    def reason() -> str | None:
+        from .fused.attention import unsupported
+
+        return unsupported(q, k, v)
+
+    return reason
 
 
 def check_document_start(document_start: Tensor | None, q: Tensor) -> None:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .decay_gradient import log_decay_gradient
 from .precision import accumulate_bmm_, operand, wide_bmm
 
 
@@ -44,9 +45,9 @@ def chunkwise_retention(
     chunk_size: int,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and final state of a sequence whose length ``chunk_size`` divides.
+    """Outputs and final state; the contract of ``retention.retention``, ``state`` given and in the accumulation dtype.
 
-    The contract of ``retention.retention``, with the initial ``state`` given and in the accumulation dtype.
+    The tokens after the last whole chunk form one shorter chunk: padding would let the state decay too far.
     """
     results: tuple[Tensor, Tensor] = _ChunkwiseRetention.apply(  # type: ignore[no-untyped-call]
         q, k, v, log_decay, state, chunk_size, resets
@@ -68,36 +69,116 @@ class _ChunkwiseRetention(torch.autograd.Function):
         chunk_size: int,
         resets: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.cut = cut = _Cut(v.shape[0], v.shape[1], v.shape[2] // chunk_size, chunk_size)
-        decay = _decay_tables(log_decay.to(state.dtype), resets, cut)
-        queries, keys, values = (cut.rows(x) for x in (q, k, v))
-        entering = cut.split(wide_bmm(cut.scaled(keys, decay.until_exit).mT, values))
-        final_state = _scan_(entering, decay.across, state)
-        output = wide_bmm(cut.scaled(queries, decay.since_entry), cut.merge(entering).to(values.dtype))
-        scores = cut.scale_(wide_bmm(queries, keys.mT), *decay.within)
-        accumulate_bmm_(output, scores.to(values.dtype), values)
-        ctx.save_for_backward(q, k, v, log_decay, entering, final_state, resets)
-        return output.view(v.shape).to(v.dtype), final_state
+        output = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        ctx.spans, entering = _spans(v, chunk_size), []
+        for span in ctx.spans:
+            inputs = span.of(q, k, v, log_decay.to(state.dtype), resets)
+            part, states, state = _forward(inputs, state, span.cut)
+            span.tokens(output).copy_(part)
+            entering.append(states)
+        ctx.save_for_backward(q, k, v, log_decay, resets, state, *entering)
+        return output, state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, entering, final_state, resets = ctx.saved_tensors
-        cut: _Cut = ctx.cut
-        decay = _decay_tables(log_decay.to(entering.dtype), resets, cut)
-        queries, keys, values, upstream = (cut.rows(x) for x in (q, k, v, grad_output))
-        grad_leaving = cut.split(wide_bmm(cut.scaled(queries, decay.since_entry).mT, upstream))
-        grad_state = _scan_(grad_leaving, decay.across, grad_final, backwards=True)
-        states, grad_states = (cut.merge(x).to(values.dtype) for x in (entering, grad_leaving))
-        grad_q, grad_k = _grad_queries_keys(queries, keys, values, upstream, states, grad_states, decay, cut)
-        grad_v = _grad_values(queries, keys, upstream, grad_states, decay, cut)
-        grad_decay = None
-        if ctx.needs_input_grad[3]:
-            grad_sums = cut.split((queries * grad_q).addcmul_(keys, grad_k, value=-1).sum(dim=-1))
-            grad_decay = _grad_log_decay(grad_sums, grad_leaving, entering, final_state, cut.resets(resets))
-            grad_decay = grad_decay.view(log_decay.shape).to(log_decay.dtype)
-        grads = (grad.view(x.shape).to(x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
+    def backward(ctx: Any, grad_output: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, resets, final_state, *entering = ctx.saved_tensors
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        grad_decay = torch.empty_like(log_decay) if ctx.needs_input_grad[3] else None
+        leaving = [states[:, :, 0] for states in entering[1:]] + [final_state]
+        for span, states, state in reversed(list(zip(ctx.spans, entering, leaving, strict=True))):
+            inputs = span.of(q, k, v, log_decay.to(states.dtype), resets)
+            upstream = span.cut.rows(span.tokens(grad_output))
+            part = _backward(inputs, upstream, grad_state, states, span.cut)
+            grad_state = part.entering
+            for grad, values in zip(grads, part[:3], strict=True):
+                span.tokens(grad).copy_(span.cut.split(values).flatten(2, 3))
+            if grad_decay is not None:
+                sums = span.cut.split((inputs.q * part.q).addcmul_(inputs.k, part.k, value=-1).sum(dim=-1))
+                exits = _grad_exits(part.leaving, states, state)
+                decays = log_decay_gradient(sums, exits, span.cut.resets(inputs.resets))
+                span.tokens(grad_decay).copy_(decays.flatten(2))
         return *grads, grad_decay, grad_state, None, None
+
+
+class _Span(NamedTuple):
+    """Tokens that go through the products together, cut into chunks of one size."""
+
+    start: int
+    stop: int
+    cut: _Cut
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Those of x (B, H, T, ...)."""
+        return x[:, :, self.start : self.stop]
+
+    def of(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, resets: Tensor | None) -> _Inputs:
+        """The part of everything that a pass reads."""
+        decay = log_decay if log_decay.dim() == 1 else self.tokens(log_decay)
+        resets = None if resets is None else resets[:, self.start : self.stop]
+        queries, keys, values = (self.cut.rows(self.tokens(x)) for x in (q, k, v))
+        return _Inputs(queries, keys, values, decay, resets)
+
+
+def _spans(v: Tensor, chunk_size: int) -> list[_Span]:
+    """The sequence of v (B, H, T, dv) in order. On a CPU the scores of a span stay in cache, 4 MB of them at most."""
+    batch, heads, length, _ = v.shape
+    chunk_size = min(chunk_size, length)
+    whole = length - length % chunk_size
+    budget = 2**20 if v.device.type == "cpu" else 2**27
+    step = chunk_size * max(1, budget // (batch * heads * chunk_size**2))
+    bounds = [(start, min(start + step, whole), chunk_size) for start in range(0, whole, step)]
+    if whole < length:
+        bounds.append((whole, length, length - whole))
+    return [_Span(a, b, _Cut(batch, heads, (b - a) // size, size)) for a, b, size in bounds]
+
+
+class _Inputs(NamedTuple):
+    """What a pass over a span reads."""
+
+    q: Tensor
+    """(B*H*N, C, dk), as k; v likewise with dv."""
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    """(H,) or (B, H, N*C), in the accumulation dtype."""
+    resets: Tensor | None
+    """(B, N*C)."""
+
+
+def _forward(x: _Inputs, state: Tensor, cut: _Cut) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, H, N*C, dv) of a span, the state that enters each of its chunks, and the state that leaves it."""
+    decay = _decay_tables(x.log_decay, x.resets, cut)
+    entering = cut.split(wide_bmm(cut.scaled(x.k, decay.until_exit).mT, x.v))
+    state = _scan_(entering, decay.across, state)
+    output = wide_bmm(cut.scaled(x.q, decay.since_entry), cut.merge(entering).to(x.v.dtype))
+    scores = cut.scale_(wide_bmm(x.q, x.k.mT), *decay.within)
+    accumulate_bmm_(output, scores.to(x.v.dtype), x.v)
+    return cut.split(output).flatten(2, 3), entering, state
+
+
+class _Gradients(NamedTuple):
+    """What the backward pass of a span gives."""
+
+    q: Tensor
+    """(B*H*N, C, dk), as k; v likewise with dv."""
+    k: Tensor
+    v: Tensor
+    leaving: Tensor
+    """(B, H, N, dk, dv): U, of the state that leaves each chunk."""
+    entering: Tensor
+    """(B, H, dk, dv): of the state that enters the span."""
+
+
+def _backward(x: _Inputs, upstream: Tensor, grad_state: Tensor, entering: Tensor, cut: _Cut) -> _Gradients:
+    """From ``upstream`` = dO (B*H*N, C, dv), the gradient of the state that leaves, and S_in of each chunk."""
+    decay = _decay_tables(x.log_decay, x.resets, cut)
+    grad_leaving = cut.split(wide_bmm(cut.scaled(x.q, decay.since_entry).mT, upstream))
+    grad_state = _scan_(grad_leaving, decay.across, grad_state, backwards=True)
+    states, grad_states = (cut.merge(s).to(x.v.dtype) for s in (entering, grad_leaving))
+    grad_q, grad_k = _grad_queries_keys(x.q, x.k, x.v, upstream, states, grad_states, decay, cut)
+    grad_v = _grad_values(x.q, x.k, upstream, grad_states, decay, cut)
+    return _Gradients(grad_q, grad_k, grad_v, grad_leaving, grad_state)
 
 
 class _Cut(NamedTuple):
@@ -216,29 +297,11 @@ def _grad_values(
     return accumulate_bmm_(wide_bmm(cut.scaled(k, decay.until_exit), grad_states), scores.mT, upstream)
 
 
-def _grad_log_decay(
-    grad_sums: Tensor, grad_leaving: Tensor, entering: Tensor, final_state: Tensor, resets: Tensor | None
-) -> Tensor:
-    """Gradient (B, H, N, C) of the log-decays, from ``grad_sums`` = q_i . dq_i - k_i . dk_i of that shape.
+def _grad_exits(grad_leaving: Tensor, entering: Tensor, final_state: Tensor) -> Tensor:
+    """<U, S_out> (B, H, N), from ``grad_leaving`` = U and ``entering`` = S_in of each chunk.
 
-    ``grad_leaving`` is U and ``entering`` is S_in of each chunk, so that S_out of chunk n is ``entering`` of
-    n + 1. ``resets`` is (B, 1, N, C).
+    S_out of chunk n is ``entering`` of n + 1.
     """
-    grad = grad_sums.clone()
-    grad[:, :, :-1, -1] += (grad_leaving[:, :, :-1] * entering[:, :, 1:]).sum(dim=(-1, -2))
-    grad[:, :, -1, -1] += (grad_leaving[:, :, -1] * final_state).sum(dim=(-1, -2))
-    # c_i contains the log-decays up to token i, so a log-decay collects the gradients from its own token on.
-    grad = grad.flip(-1).cumsum(dim=-1).flip(-1)
-    return grad if resets is None else _without_later_documents(grad, resets)
-
-
-def _without_later_documents(grad: Tensor, resets: Tensor) -> Tensor:
-    """Take what comes from the next reset on out of sums (B, H, N, C) that each run from a token to the chunk's end.
-
-    The parts of later documents cancel, but only up to rounding: a document would train on its successors' noise. The
-    decay at a reset itself multiplies nothing.
-    """
-    count = resets.cumsum(dim=-1)
-    following = torch.searchsorted(count, count, right=True).expand(grad.shape)
-    later = torch.nn.functional.pad(grad, (0, 1)).gather(-1, following)
-    return (grad - later).masked_fill_(resets, 0)
+    inner = (grad_leaving[:, :, :-1] * entering[:, :, 1:]).sum(dim=(-1, -2))
+    last = (grad_leaving[:, :, -1] * final_state).sum(dim=(-1, -2))
+    return torch.cat((inner, last.unsqueeze(-1)), dim=-1)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ..configs.errors import UsageError
 from . import reference
-from .attention import attention, check_document_start
+from .attention import attention, check_document_start, fused_refusal
 from .dispatch import Backend, resolve
+from .norm import HeadNorm, apply_head_norm
 from .precision import accumulation_dtype
 from .tiled import tiled_attention
 
@@ -19,6 +20,7 @@ def differential_attention(
     lam: Tensor,
     *,
     document_start: Tensor | None = None,
+    head_norm: HeadNorm | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """(A1 - lam A2) V of each head pair, causal (Differential Transformer, arXiv 2410.05258); memory O(T).
@@ -26,8 +28,8 @@ def differential_attention(
     q (B, 2h, Tq, d) and k (B, 2hkv, Tk, d) hold map s of pair i at head 2i+s; v (B, hkv, Tk, dv) with dv = 2d
     in the paper; lam a 0-dim tensor. Pair i uses K,V pair i // (h / hkv), and A_s = softmax(Q_s K_s^T
     d^-0.5). The queries are the last Tq of the Tk positions, and ``document_start`` (B, Tq) is that of
-    ``attention``. Softmax and subtraction in fp32 at least; returns (B, h, Tq, dv) in q.dtype, not yet
-    normalised per head. Raises UsageError for shapes that do not fit.
+    ``attention``. Softmax and subtraction in fp32 at least; returns (B, h, Tq, dv) in q.dtype, to which
+    ``head_norm`` is applied where given. Raises UsageError for shapes that do not fit.
     """
     pairs, kv_pairs = q.shape[1] // 2, v.shape[1]
     if q.shape[1] % 2 or k.shape[1] != 2 * kv_pairs or pairs % kv_pairs:
@@ -36,9 +38,16 @@ def differential_attention(
     if lam.dim() != 0:
         raise UsageError(f"differential attention got lam of shape {tuple(lam.shape)}; use a 0-dim tensor")
     check_document_start(document_start, q)
-    if resolve(backend) == "reference":
-        return reference.differential_attention(q, k, v, lam, document_start)
-    return tiled_attention(q, k, v, lam=lam, document_start=document_start)
+    implementation = resolve(backend, q.device, fused_refusal(q, k, v))
+    if implementation == "triton":
+        from .fused.attention import fused_attention
+
+        return fused_attention(q, k, v, lam=lam, document_start=document_start, head_norm=head_norm)
+    if implementation == "reference":
+        output = reference.differential_attention(q, k, v, lam, document_start)
+    else:
+        output = tiled_attention(q, k, v, lam=lam, document_start=document_start)
+    return output if head_norm is None else apply_head_norm(output, head_norm)
 
 
 def differential_attention_v2(
@@ -63,7 +72,7 @@ def differential_attention_v2(
     if lam.shape != (q.shape[0], q.shape[1] // 2, q.shape[2]):
         raise UsageError(f"differential attention V2 got lam of shape {tuple(lam.shape)}; use (B, h, Tq)")
     check_document_start(document_start, q)
-    if resolve(backend) == "reference":
+    if backend == "reference":
         return reference.differential_attention_v2(q, k, v, lam, document_start)
     wide = accumulation_dtype(q)
     heads_of_pairs = attention(q, k, v, document_start=document_start, backend=backend).to(wide)

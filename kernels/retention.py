@@ -8,6 +8,7 @@ is left out.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,6 +21,9 @@ from .chunkwise import chunkwise_retention
 from .dispatch import Backend, resolve
 from .precision import accumulation_dtype
 from .state import weighted_key_values
+
+CHUNK = 128
+"""Tokens of a chunk on the torch path: fewer leave more to the states, more to the square inside a chunk."""
 
 
 def fixed_decay_log(
@@ -58,7 +62,7 @@ def retention(
     *,
     initial_state: Tensor | None = None,
     resets: Tensor | None = None,
-    chunk_size: int = 128,
+    chunk_size: int | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, T, dv) in v.dtype and final state (B, H, dk, dv) in fp32 (fp64 for fp64); memory O(T).
@@ -69,27 +73,30 @@ def retention(
     bool is True at tokens that forget everything before them, initial state included: the first tokens of
     packed documents. Differentiable once in q, k, v, a per-token log_decay and initial_state, through both
     results. Decays, states and the scan are fp32 at least. ``chunk_size`` changes speed, and results only by
-    rounding. Raises UsageError for arguments that do not fit.
+    rounding; by default it is the fastest. Raises UsageError for arguments that do not fit.
     """
     _check(q, k, v, initial_state, chunk_size)
     _check_decay(log_decay, resets, v)
-    if resolve(backend) == "reference":
+    implementation = resolve(backend, q.device, _fused_refusal(q, k, v))
+    if implementation == "reference":
         return reference.retention(q, k, v, log_decay, initial_state, resets)
     if initial_state is None:
         initial_state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
-    state, length = initial_state.to(accumulation_dtype(v)), q.shape[2]
-    chunk_size = min(chunk_size, length)
-    if length % chunk_size == 0:
-        return chunkwise_retention(q, k, v, log_decay, state, chunk_size, resets)
-    # The tokens after the last whole chunk form one shorter chunk: padding would let the state decay too far.
-    sizes = [length - length % chunk_size, length % chunk_size]
-    (q, q_rest), (k, k_rest), (v, v_rest) = (torch.split(x, sizes, dim=2) for x in (q, k, v))
-    fixed = log_decay.dim() == 1
-    decay, decay_rest = (log_decay, log_decay) if fixed else torch.split(log_decay, sizes, dim=2)
-    resets, resets_rest = (None, None) if resets is None else torch.split(resets, sizes, dim=1)
-    output, state = chunkwise_retention(q, k, v, decay, state, chunk_size, resets)
-    output_rest, state = chunkwise_retention(q_rest, k_rest, v_rest, decay_rest, state, sizes[1], resets_rest)
-    return torch.cat((output, output_rest), dim=2), state
+    state = initial_state.to(accumulation_dtype(v))
+    if implementation == "triton":
+        from .fused.retention import fused_retention
+
+        return fused_retention(q, k, v, log_decay, state, resets, chunk_size=chunk_size)
+    return chunkwise_retention(q, k, v, log_decay, state, chunk_size or CHUNK, resets)
+
+
+def _fused_refusal(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], str | None]:
+    def reason() -> str | None:
+        from .fused.retention import unsupported
+
+        return unsupported(q, k, v)
+
+    return reason
 
 
 def chunk_state(
@@ -122,13 +129,13 @@ def chunk_state(
     return weighted_key_values(k, v, until_exit), across
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, chunk_size: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, chunk_size: int | None) -> None:
     if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise UsageError(f"retention got {shapes}; use (B, H, T, dk) twice and (B, H, T, dv)")
     if initial_state is not None and initial_state.shape != (*q.shape[:2], q.shape[-1], v.shape[-1]):
         raise UsageError(f"retention got a state of shape {tuple(initial_state.shape)}; use (B, H, dk, dv)")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise UsageError(f"retention chunk_size is {chunk_size}; use a positive number, such as 128")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.differential import differential_attention
-from ..kernels.norm import rms_norm
+from ..kernels.norm import HeadNorm
 from ..parallel.parameters import ONES, Law, replicated
 from ..parallel.regions import in_head_region
 from .over_context import SoftmaxCore
@@ -33,7 +33,7 @@ class DifferentialHeads(nn.Module):
 
     def __init__(self, head_dim: int, site: Site) -> None:
         super().__init__()
-        self.groups = site.groups
+        self.groups, self.kernels = site.groups, site.kernels
         self.lambda_init = lambda_init(site.layer)
         self.lambda_q1 = replicated("lambda_q1", (head_dim,), LAMBDA_LAW, site.device)
         self.lambda_k1 = replicated("lambda_k1", (head_dim,), LAMBDA_LAW, site.device)
@@ -48,13 +48,9 @@ class DifferentialHeads(nn.Module):
         return torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + self.lambda_init
 
     def core(self) -> SoftmaxCore:
-        """The attention of the pairs: q (B, 2h, S, d), k (B, 2g, S, d), v (B, g, S, 2d) -> (B, h, S, 2d).
+        """The attention of the pairs with its norm: q (B, 2h, S, d), k (B, 2g, S, d), v (B, g, S, 2d) -> (B, h, S, 2d).
 
         Head 2i + s is map s of pair i.
         """
-        return partial(differential_attention, lam=self.current_lambda())
-
-    def norm(self, o: Tensor) -> Tensor:
-        """The norm of each pair's values, (B, h, S, 2d)."""
-        o = rms_norm(o, in_head_region(self.sub_norm, self.groups), SUB_NORM_EPS)
-        return o * (1.0 - self.lambda_init)
+        norm = HeadNorm(in_head_region(self.sub_norm, self.groups), SUB_NORM_EPS, 1.0 - self.lambda_init)
+        return partial(differential_attention, lam=self.current_lambda(), head_norm=norm, backend=self.kernels)

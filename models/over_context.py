@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import Backend
 from ..kernels.retention import chunk_state, retention
 from ..parallel.context import ContextParallel
 from .heads import merge_heads, split_heads
@@ -66,7 +67,7 @@ def attend_window(
 
 
 def retain(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, chunk_size: int, sequences: Sequences
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: Backend, sequences: Sequences
 ) -> Tensor:
     """Retention over all ranks: chunks exchange the states that they leave, whatever their length.
 
@@ -76,7 +77,7 @@ def retain(
     share = sequences.share
     if share.size == 1:
         resets = sequences.resets(range(share.length))
-        return retention(q, k, v, log_decay, resets=resets, chunk_size=chunk_size)[0]
+        return retention(q, k, v, log_decay, resets=resets, backend=backend)[0]
     decays = [log_decay] * len(share.spans) if log_decay.dim() == 1 else share.cut(log_decay, 2)
     starts = [sequences.resets(span) for span in share.spans]
     queries, keys, values = (share.cut(x, 2) for x in (q, k, v))
@@ -86,7 +87,7 @@ def retain(
     entering = combine(left, sequences.context)
     chunks = zip(queries, keys, values, decays, entering, starts, strict=True)
     return _joined(
-        retention(q_c, k_c, v_c, decay, initial_state=state, resets=reset, chunk_size=chunk_size)[0]
+        retention(q_c, k_c, v_c, decay, initial_state=state, resets=reset, backend=backend)[0]
         for q_c, k_c, v_c, decay, state, reset in chunks
     )
 

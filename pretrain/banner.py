@@ -34,8 +34,9 @@ def banner(
         "model": f"{_stack(config)}; hidden {config.model.hidden_size}, vocabulary {config.model.vocabulary_size}",
         "layout": _layout(topology, config),
         "parameters": f"{sum(parameters):,} per tensor rank (stages: {', '.join(f'{n:,}' for n in parameters)})",
-        "kernels": explain(),
+        "kernels": explain(config.kernels.backend, topology.device),
         "precision": f"{config.precision.compute} compute, fp32 gradients, master weights and optimizer state",
+        "linear maps": _linear_maps(config),
         "optimizer": _optimizer(config),
         "batch": _batch(config, topology),
         "data": data,
@@ -109,6 +110,20 @@ def _activations(config: Config) -> str:
         "full": "of all but each layer's input computed again (full recompute)",
     }
     return kept[config.train.recompute]
+
+
+def _linear_maps(config: Config) -> str:
+    fp8 = config.precision.fp8
+    if fp8 is None:
+        return f"in {config.precision.compute}"
+    how = {
+        "te": "Transformer Engine",
+        "scaled_mm": "torch's scaled_mm",
+        "emulate": "emulated: rounded to 8 bits and multiplied in fp32, slower than no FP8 and no measure of speed",
+    }
+    kept = fp8.keep_first_last_bf16
+    ends = f"; the first and last {kept} layers in {config.precision.compute}" if kept else ""
+    return f"FP8, recipe {fp8.recipe}, backend {fp8.backend} ({how[fp8.backend]}){ends}"
 
 
 def _documents(config: Config) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ...configs.stack import AttentionSegment, SharedKV, SlidingWindowSegment
@@ -35,7 +37,8 @@ class Attention(Mixer[AttentionSegment | SlidingWindowSegment]):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
         """Rotated q (B, heads, S, d), k and v (B, groups, S, d) of this rank's tokens -> (B, heads, S, d)."""
-        return attend(attention, q, k, v, sequences=sequences)
+        core = partial(attention, backend=self.site.kernels)
+        return attend(core, q, k, v, sequences=sequences)
 
     @classmethod
     def flops_per_token(

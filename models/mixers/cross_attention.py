@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from ...configs.stack import CrossAttentionSegment, SharedKV
@@ -31,7 +33,8 @@ class CrossAttention(Mixer[CrossAttentionSegment]):
         q = rotate(split_heads(q, self.heads), self.kv.rope, sequences.share)
         k, v = shared_keys_values(present(kv))
         k, v = split_heads(k, self.groups), split_heads(v, self.groups)
-        return merge_heads(attend_whole(attention, q, k, v, sequences=sequences))
+        core = partial(attention, backend=self.site.kernels)
+        return merge_heads(attend_whole(core, q, k, v, sequences=sequences))
 
     @classmethod
     def flops_per_token(

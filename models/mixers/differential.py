@@ -34,7 +34,7 @@ class Differential(Mixer[DifferentialSegment]):
         q = rotate(split_heads(q, 2 * self.heads), self.segment.rope, sequences.share)
         k = rotate(split_heads(k, 2 * self.groups), self.segment.rope, sequences.share)
         o = attend(self.differential.core(), q, k, split_heads(v, self.groups), sequences=sequences)
-        return merge_heads(self.differential.norm(o))
+        return merge_heads(o)
 
     @classmethod
     def flops_per_token(

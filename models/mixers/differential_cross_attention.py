@@ -34,7 +34,7 @@ class DifferentialCrossAttention(Mixer[DifferentialCrossAttentionSegment]):
         k, v = shared_keys_values(present(kv))
         k, v = split_heads(k, 2 * self.groups), split_heads(v, self.groups)
         o = attend_whole(self.differential.core(), q, k, v, sequences=sequences)
-        return merge_heads(self.differential.norm(o))
+        return merge_heads(o)
 
     @classmethod
     def flops_per_token(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ...configs.stack import DifferentialV2Segment, SharedKV
 from ...kernels.differential import differential_attention_v2
+from ...kernels.dispatch import Backend
 from ...parallel.parameters import linear_default
 from ..heads import merge_heads, rotate, split_heads
 from ..over_context import attend
@@ -34,7 +37,7 @@ class DifferentialV2(Mixer[DifferentialV2Segment]):
         q = rotate(split_heads(q, 2 * self.heads), self.segment.rope, sequences.share)
         k = rotate(split_heads(k, self.groups), self.segment.rope, sequences.share)
         v, lam = split_heads(v, self.groups), split_heads(lam, self.heads)
-        return merge_heads(attend(_attention, q, k, v, lam, sequences=sequences))
+        return merge_heads(attend(partial(_attention, backend=self.site.kernels), q, k, v, lam, sequences=sequences))
 
     @classmethod
     def flops_per_token(
@@ -45,8 +48,10 @@ class DifferentialV2(Mixer[DifferentialV2Segment]):
         return projection_flops(hidden_size, rows) + 8 * segment.heads * width * mean_keys(sequence_length)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *logits: Tensor, document_start: Tensor | None) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, *logits: Tensor, document_start: Tensor | None, backend: Backend
+) -> Tensor:
     """The kernel, with lambda's logits (B, heads, Sq, 1) as the queries' further input; the sigmoid is in fp32."""
     (logit,) = logits
     lam = torch.sigmoid(logit.squeeze(-1) if logit.dtype == torch.float64 else logit.squeeze(-1).float())
-    return differential_attention_v2(q, k, v, lam, document_start=document_start)
+    return differential_attention_v2(q, k, v, lam, document_start=document_start, backend=backend)

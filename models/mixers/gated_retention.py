@@ -8,13 +8,14 @@ from torch.nn import functional as F
 
 from ...configs.stack import GatedRetentionSegment, SharedKV
 from ...kernels.norm import rms_norm
+from ...kernels.retention import CHUNK
 from ...parallel.parameters import Section, xavier_uniform
 from ..heads import merge_heads, rotate, split_heads
 from ..over_context import retain
 from ..sequences import Sequences
 from ..site import Site
 from .base import RETENTION_GAIN, Mixer, projection_flops
-from .retention import CHUNK, mean_chunk
+from .retention import mean_chunk
 
 
 class GatedRetention(Mixer[GatedRetentionSegment]):
@@ -36,7 +37,7 @@ class GatedRetention(Mixer[GatedRetentionSegment]):
         decay = decay.permute(1, 2, 0)  # (B, heads, S)
         decay = decay if decay.dtype == torch.float64 else decay.float()
         log_decay = F.logsigmoid(decay) / self.segment.gate_normalizer
-        o = retain(q, k, split_heads(v, self.heads), log_decay, chunk_size=CHUNK, sequences=sequences)
+        o = retain(q, k, split_heads(v, self.heads), log_decay, backend=self.site.kernels, sequences=sequences)
         return F.silu(gate) * merge_heads(rms_norm(o, None, self.segment.norm_eps))
 
     @classmethod

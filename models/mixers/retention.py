@@ -11,15 +11,13 @@ from torch.nn import functional as F
 
 from ...configs.stack import RetentionSegment, SharedKV
 from ...kernels.norm import rms_norm
-from ...kernels.retention import fixed_decay_log
+from ...kernels.retention import CHUNK, fixed_decay_log
 from ...parallel.parameters import Section, xavier_uniform
 from ..heads import merge_heads, rotate, split_heads
 from ..over_context import retain
 from ..sequences import Sequences
 from ..site import Site
 from .base import RETENTION_GAIN, Mixer, projection_flops
-
-CHUNK = 128
 
 
 class Retention(Mixer[RetentionSegment]):
@@ -45,7 +43,7 @@ class Retention(Mixer[RetentionSegment]):
         q = rotate(split_heads(q, self.heads), self.segment.rope, sequences.share)
         k = rotate(split_heads(k, self.heads), self.segment.rope, sequences.share) * self.width**-0.5
         v = split_heads(v, self.heads)
-        o = retain(q, k, v, self._log_decay(q), chunk_size=CHUNK, sequences=sequences)
+        o = retain(q, k, v, self._log_decay(q), backend=self.site.kernels, sequences=sequences)
         return F.silu(gate) * merge_heads(rms_norm(o, None, self.segment.norm_eps))
 
     def _log_decay(self, like: Tensor) -> Tensor:

@@ -22,5 +22,5 @@ class SlidingWindow(Attention):
         self.window = segment.window
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
-        core = partial(attention, window=self.window)
+        core = partial(attention, window=self.window, backend=self.site.kernels)
         return attend_window(core, q, k, v, window=self.window, sequences=sequences)

@@ -13,22 +13,76 @@ from trine.kernels import reference
 from trine.kernels.attention import attention
 from trine.kernels.differential import differential_attention, differential_attention_v2
 from trine.kernels.dispatch import explain, resolve
+from trine.kernels.norm import HeadNorm
 from trine.kernels.retention import fixed_decay_log, retention
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
-def test_auto_is_the_fast_path() -> None:
-    assert [resolve(b) for b in ("auto", "torch", "reference")] == ["torch", "torch", "reference"]
+
+def takes_all() -> None:
+    """No reason against the fused kernels."""
+
+
+@pytest.fixture
+def without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_auto_is_the_fastest_that_takes_the_tensors() -> None:
+    assert resolve("auto", CPU, takes_all) == "torch"
+    assert resolve("auto", GPU, takes_all) == "triton"
+    assert resolve("auto", GPU, lambda: "head widths of 1024") == "torch"
+    assert resolve("auto", GPU) == "torch"
+
+
+def test_names_are_obeyed() -> None:
+    assert [resolve(b, GPU, takes_all) for b in ("reference", "torch", "triton")] == ["reference", "torch", "triton"]
+
+
+def test_triton_is_refused_where_it_cannot_run(without_interpreter: None) -> None:
+    with pytest.raises(UsageError, match="backend=triton: Triton needs a CUDA device, and this is the device cpu; use auto or"):
+        resolve("triton", CPU, takes_all)
+
+
+def test_triton_is_refused_for_tensors_that_it_does_not_take() -> None:
+    with pytest.raises(UsageError, match="backend=triton: head widths of 1024; use auto"):
+        resolve("triton", GPU, lambda: "head widths of 1024")
+
+
+def test_without_triton_there_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert resolve("auto", GPU, takes_all) == "torch"
+    assert "since the package triton is not installed" in explain("auto", GPU)
+    with pytest.raises(UsageError, match="triton is not installed"):
+        resolve("triton", GPU, takes_all)
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(UsageError, match="'cuda' is unknown; use one of auto, reference, torch"):
-        resolve("cuda")
+    with pytest.raises(UsageError, match="'cuda' is unknown; use one of auto, reference, torch, triton"):
+        resolve("cuda", CPU)
 
 
 def test_the_banner_is_one_line_and_tells_the_backends_apart() -> None:
-    lines = {explain(b) for b in ("auto", "torch", "reference")}
-    assert len(lines) == 3
+    lines = [explain(b, device) for b in ("auto", "torch", "reference", "triton") for device in (CPU, GPU)]
     assert all(line and "\n" not in line for line in lines)
+    assert len(set(lines)) == 5  # only auto depends on the device
+
+
+def test_the_triton_backend_runs_triton(randn: Callable[..., Tensor]) -> None:
+    """In the interpreter where there is no GPU: the dispatch is what is tested here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (randn(1, heads, 19, 16, dtype=torch.float32).detach().to(device) for heads in (4, 2, 2))
+    lam, norm = torch.tensor(0.3, device=device), HeadNorm(None, 1e-5, 0.2)
+    calls = [
+        lambda b: attention(q, k, v, window=5, backend=b),
+        lambda b: differential_attention(q, k, v[:, :1], lam, head_norm=norm, backend=b),
+        lambda b: differential_attention_v2(q, k[:, :1], v[:, :1], lam.expand(1, 2, 19), backend=b),
+        lambda b: retention(k, k, v, fixed_decay_log(2).to(device), backend=b)[0],
+    ]
+    for call in calls:
+        fused, expected = call("triton"), call("reference")
+        assert not torch.equal(fused, call("torch"))  # other kernels round differently
+        assert torch.allclose(fused, expected, atol=1e-5)  # fp32 rounding of sums over 19 keys
 
 
 def test_the_reference_backend_runs_the_reference(randn: Callable[..., Tensor]) -> None:

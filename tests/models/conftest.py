@@ -52,6 +52,6 @@ def site_for(one_rank: topology.Topology) -> Callable[..., Site]:
     def make(config: Config, layer: int = 0, device: str = "cpu") -> Site:
         place = torch.device(device)
         engine = engine_config(config, torch.device("cpu"))
-        return Site(config.model, engine, one_rank.groups, place, config.train.recompute, layer)
+        return Site(config.model, engine, one_rank.groups, place, config.train.recompute, layer=layer)
 
     return make
