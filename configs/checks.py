@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .data_checks import check_data, check_ramps
 from .division_checks import check_pipeline, check_tensor
 from .errors import UsageError
+from .fp8_checks import check_fp8
 from .remedies import nearest_multiples
 from .schema import Config, Optimizer, Parallel, Train
 from .sequence_checks import check_exchange, check_sequence
@@ -45,6 +46,7 @@ def check_config(config: Config) -> None:
     check_pipeline(config.model.stack, config.parallel)
     _check_schedule(config.train, config.optimizer)
     check_watch(config.watch, config.checkpoint)
+    check_fp8(config)
     _check_places(config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping
+from types import NoneType
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -160,7 +161,10 @@ def _section_of_items(annotation: Any) -> type[Section] | None:
 
 
 def _section_in(annotation: Any) -> type[Section] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    # A section that may be left out is a union with None.
+    members = [member for member in get_args(annotation) or (annotation,) if member is not NoneType]
+    only = members[0] if len(members) == 1 else None
+    return only if isinstance(only, type) and issubclass(only, Section) else None
 
 
 def _is_segment_tag(location: Location, position: int) -> bool:

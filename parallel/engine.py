@@ -144,9 +144,10 @@ class Engine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self.fp8.begin_step()
         shape = shape or full_shape(self.config.train)
-        return self._run(microbatches, self.num_microbatches(shape.samples), shape, forward_only=False)
+        num_microbatches = self.num_microbatches(shape.samples)
+        self.fp8.begin_step(num_microbatches)
+        return self._run(microbatches, num_microbatches, shape, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Microbatches, num_microbatches: int) -> float:

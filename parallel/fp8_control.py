@@ -54,10 +54,11 @@ class Fp8Control:
         for product in self._products.values():
             product.forget_weight()
 
-    def begin_step(self) -> None:
-        """Begin to note the magnitudes of a step, whatever an evaluation or a step that does not count has left."""
+    def begin_step(self, num_microbatches: int) -> None:
+        """Begin to note the magnitudes of a step of so many microbatches for each data rank."""
         if self._histories is not None:
-            self._histories.forget_step()
+            # The mean over a context rank's own tokens, over the microbatches.
+            self._histories.begin_step(self._topology.layout.context / num_microbatches)
 
     def end_step(self) -> None:
         """The step counts: its magnitudes go into the histories, in one collective. Every rank must call it."""

@@ -18,13 +18,19 @@ History = list[list[float]]
 
 
 class Histories:
-    """The histories of all linear maps of this rank. All ranks that hold a layer have the same."""
+    """The histories of all linear maps of this rank. All ranks that hold a layer have the same.
+
+    Gradients are those of a mean over microbatches and data ranks, of which each microbatch gets its part: the more
+    microbatches a rank has, the smaller they are. What is kept is in units that this does not change, so that a run
+    may go on under another layout, or with another batch.
+    """
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._past = torch.zeros(count, len(ROLES), LENGTH, device=device)
         self.in_force = torch.zeros(count, len(ROLES), device=device)
         """The magnitudes that this step's scales are made for."""
         self._seen = torch.zeros(count, len(ROLES), device=device)
+        self._units = torch.ones(len(ROLES), device=device)
         self.known = [False] * count
         """Whether a map has a past; one without takes the magnitudes of the tensors themselves, for one step."""
 
@@ -32,14 +38,19 @@ class Histories:
         """This rank's part of a tensor of this step has the largest magnitude ``amax``, () fp32."""
         torch.maximum(self._seen[index, role], amax, out=self._seen[index, role])
 
-    def forget_step(self) -> None:
-        """Drop what was noted since the last step that counts."""
+    def begin_step(self, gradient_unit: float) -> None:
+        """Begin to note, in place of what an evaluation or a step that does not count has left.
+
+        ``gradient_unit`` is what the gradients of this step's microbatches are proportional to.
+        """
         self._seen.zero_()
+        self._units[ROLES.index("gradient")] = gradient_unit
+        self._use()
 
     def end_step(self, group: dist.ProcessGroup) -> None:
         """Make what was noted on the ranks of ``group``, all that hold these layers, the newest of the past."""
         dist.all_reduce(self._seen, op=dist.ReduceOp.MAX, group=group)
-        newest = torch.where(self._seen.isfinite(), self._seen, torch.zeros_like(self._seen))
+        newest = torch.where(self._seen.isfinite(), self._seen / self._units, torch.zeros_like(self._seen))
         self._past = torch.cat([newest.unsqueeze(-1), self._past[..., :-1]], dim=-1)
         self.known = [True] * len(self.known)
         self._use()
@@ -57,4 +68,4 @@ class Histories:
         self._use()
 
     def _use(self) -> None:
-        self.in_force.copy_(self._past.amax(dim=-1))
+        self.in_force.copy_(self._past.amax(dim=-1) * self._units)

@@ -53,8 +53,9 @@ class StepMetrics:
     data_time_s: float
     """Part of ``step_time_s`` in which rank 0 waited for data."""
     tokens_per_s: float
-    tflops_per_rank: float
-    """Model operations (forward and backward, recomputation not counted) per second and rank, in 1e12."""
+    tflops_per_rank: float | None
+    """Model operations (forward and backward, recomputation not counted) per second and rank, in 1e12; None where FP8
+    is emulated, whose speed says nothing."""
     skipped: bool = False
     """Whether the step changed no parameter (``watch``)."""
 
@@ -74,7 +75,8 @@ class Metrics:
         """Record a training step."""
         values = asdict(metrics)
         self._journal.write(values)
-        tags = {tag: values[name] for name, tag in _STEP_TAGS.items() if math.isfinite(values[name])}
+        known = {tag: values[name] for name, tag in _STEP_TAGS.items() if values[name] is not None}
+        tags = {tag: value for tag, value in known.items() if math.isfinite(value)}
         self._board.scalars(tags, metrics.step)
         versus = {f"{tag} vs samples": tags[tag] for tag in _VERSUS_SAMPLES if tag in tags}
         self._samples_board.scalars(versus, metrics.consumed_samples)
@@ -85,6 +87,11 @@ class Metrics:
         self._journal.write(values)
         tags = {"lm loss validation": loss, "lm loss validation ppl": math.exp(min(20.0, loss))}
         self._board.scalars(tags, step)
+
+    def record(self, step: int, tags: Mapping[str, float]) -> None:
+        """Record values in both."""
+        self._journal.write({"step": step, **tags})
+        self._board.scalars({tag: value for tag, value in tags.items() if math.isfinite(value)}, step)
 
     def saved(self, saved: Saved) -> None:
         """Record a finished checkpoint."""

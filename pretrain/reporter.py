@@ -92,6 +92,8 @@ class Reporter:
     ) -> None:
         """Report a step; ``numbers`` are its loss, grad_norm and lr."""
         flops = self._flops_per_token[shape.sequence_length] * shape.tokens
+        fp8 = self._config.precision.fp8
+        emulated = fp8 is not None and fp8.backend == "emulate"
         metrics = StepMetrics(
             step=progress.step,
             **numbers,
@@ -102,7 +104,7 @@ class Reporter:
             step_time_s=seconds,
             data_time_s=waited,
             tokens_per_s=shape.tokens / seconds,
-            tflops_per_rank=flops / seconds / self._topology.layout.world_size / 1e12,
+            tflops_per_rank=None if emulated else flops / seconds / self._topology.layout.world_size / 1e12,
             skipped=skipped,
         )
         logger.info("step %d: loss %.6f, grad norm %.4f", metrics.step, metrics.loss, metrics.grad_norm)
@@ -131,6 +133,11 @@ class Reporter:
         """Report values in TensorBoard alone."""
         if self._metrics is not None:
             self._metrics.values(step, values)
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """Report values in ``metrics.jsonl`` and TensorBoard; nothing where there are none."""
+        if self._metrics is not None and values:
+            self._metrics.record(step, values)
 
     def evaluation(self, progress: Progress, loss: float) -> None:
         """Report a validation loss."""

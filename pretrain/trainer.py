@@ -27,6 +27,7 @@ from .reporter import Reporter
 from .run_data import RunData
 from .run_lock import HeldLocks
 from .saver import Saver
+from .shadow import ShadowCheck
 from .stopping import Stop, StopRequests
 from .watch.judge import Judge, Judgement
 from .watch.pulse import Pulse
@@ -66,6 +67,7 @@ class Trainer:
         self.reporter = Reporter(config, topology, place, chunks, self.data)
         self.saver = Saver(config, self.engine, self.reporter.saved, lock.check if lock else lambda: None)
         self.judge = Judge(config.watch)
+        self.shadow = ShadowCheck(config.precision.fp8, self.engine)
         self.requests = requests or StopRequests(None, None)
         self.stragglers = Stragglers(config.watch.straggler_ratio, from_every_rank(socket.gethostname(), topology))
         self.progress = Progress()
@@ -173,6 +175,7 @@ class Trainer:
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 logger.warning("step %d gave %s, and computed again finite numbers: suspect a device", step, before)
                 self.reporter.event("not reproduced", step, first=before, loss=loss, grad_norm=grad_norm)
+        self.shadow.see(step, taken, shape, loss)
         return loss, grad_norm
 
     def _refuse(self, judgement: Judgement, shape: StepShape) -> None:
@@ -233,6 +236,7 @@ class Trainer:
         return interval > 0 and (self.step + 1) % interval == 0
 
     def _report_more(self) -> None:
+        self.reporter.record(self.step, self.shadow.values())
         if self.engine.measures_work:
             spread = self.stragglers.see(self.step, from_every_rank(self.engine.own_work_s, self.topology))
             self.reporter.values(self.step, spread.values())
