@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .formats import SCALINGS
+from .formats import E4M3, SCALINGS, Scaling
 from .quantise import Operand, dequantise, largest_magnitude, quantise, quantise_blocks
 
 ProductBackend = Literal["emulate", "scaled_mm"]
@@ -98,20 +98,32 @@ def _without_onednn() -> Iterator[None]:
 def refusal(recipe: str, device: torch.device) -> str | None:
     """Why ``scaled_mm`` cannot serve a recipe on a device, in torch's words; None where it can.
 
-    Torch is asked, once, with the products of a linear map of 128 x 128 x 128 against ``emulate``: what it accepts
-    depends on its version, on CUDA's and on the device, and a layout of scales that it misreads must not train a model.
+    Torch is asked, once, for products of 128 x 128 x 128 as a linear map and its gradients have them, and the results
+    are compared with ``emulate``'s: what it accepts depends on its version, on CUDA's and on the device, and scales
+    that it reads in another layout must not train a model.
     """
-    scaling = SCALINGS[recipe]
-    x, w = (torch.randn(128, 128, generator=torch.Generator().manual_seed(n)).to(device) for n in (0, 1))
-    if scaling.rows is None or scaling.weight is None:
-        a, b = (quantise(t, largest_magnitude(t), torch.float8_e4m3fn) for t in (x, w))
-    else:
-        a, b = (quantise_blocks(t, k, torch.float8_e4m3fn) for t, k in ((x, scaling.rows), (w, scaling.weight)))
     try:
-        found = product(a, b, torch.bfloat16, "scaled_mm").float()
+        right = all(_agrees(a, b) for a, b in _samples(SCALINGS[recipe], device))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None if right else "its results are not those of the recipe"
+
+
+def _samples(scaling: Scaling, device: torch.device) -> Iterator[tuple[Operand, Operand]]:
+    """Operands of the forward product, and of that with the gradient."""
+    x, w = (torch.randn(128, 128, generator=torch.Generator().manual_seed(n)).to(device) for n in (0, 1))
+    if scaling.rows is None or scaling.weight is None:
+        rows = [quantise(t, largest_magnitude(t), E4M3) for t in (x, w)]
+        yield rows[0], rows[1]
+        yield quantise(x, largest_magnitude(x), scaling.gradient), rows[1]
+        return
+    rows = [quantise_blocks(t, scaling.rows, E4M3) for t in (x, w)]
+    yield rows[0], quantise_blocks(w, scaling.weight, E4M3)
+    yield rows[0], rows[1]
+
+
+def _agrees(a: Operand, b: Operand) -> bool:
+    """Whether torch's product is ``emulate``'s within the rounding of a bf16 result."""
     expected = product(a, b, torch.float32, "emulate")
-    if not bool((found - expected).norm() <= 1e-2 * expected.norm()):
-        return "its results are not those of the recipe"
-    return None
+    found = product(a, b, torch.bfloat16, "scaled_mm").float()
+    return bool((found - expected).norm() <= 1e-2 * expected.norm())

@@ -42,6 +42,7 @@ EVEN_SIZES: dict[str, Any] = {
     "model": {"hidden_size": 64, "ffn_hidden_size": 96},
     "train": {"steps": 5, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 32},
 }
+WIDE_STACK: list[dict[str, Any]] = [{"mixer": "attention", "layers": 1, "heads": 2, "head_dim": 32}]
 BLOCK_STACK: list[dict[str, Any]] = [{"mixer": "attention", "layers": 1, "heads": 2, "head_dim": 128}]
 BLOCK_SIZES: dict[str, Any] = {
     "model": {"hidden_size": 128, "ffn_hidden_size": 256},
@@ -182,6 +183,28 @@ def test_a_checkpoint_loads_whatever_the_choice(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (on,) = train(ranks, EVEN, **EVEN_SIZES, precision=after, steps=1, load=str(tmp_path))
     assert math.isfinite(on["losses"][0])
+
+
+def test_the_log_says_which_histories_begin_anew(ranks: RankPool) -> None:
+    _, delayed = raw(EVEN, **EVEN_SIZES, precision=fp8("delayed"))
+    _, tensorwise = raw(EVEN, **EVEN_SIZES, precision=fp8())
+    (state,) = ranks.run("fp8_jobs:magnitudes", 1, config=delayed)
+    (nothing,) = ranks.run("fp8_jobs:said_when_loading", 1, config=delayed, state=state)
+    assert nothing == ""
+    del state["layers.1.mixer.input"]
+    (some,) = ranks.run("fp8_jobs:said_when_loading", 1, config=delayed, state=state)
+    (all_of_them,) = ranks.run("fp8_jobs:said_when_loading", 1, config=delayed, state=None)
+    (unused,) = ranks.run("fp8_jobs:said_when_loading", 1, config=tensorwise, state=state)
+    assert some.startswith("delayed scaling begins anew for 1 of 8 linear maps")
+    assert all_of_them.startswith("delayed scaling begins anew for 8 of 8 linear maps")
+    assert "are left out: this run does not use them" in unused
+
+
+def test_every_rank_refuses_what_the_machine_cannot_do(ranks: RankPool) -> None:
+    _, config = raw(EVEN, "dp2", **EVEN_SIZES, precision={"compute": "bf16", **fp8("mxfp8", "scaled_mm")})
+    wide = config | {"model": config["model"] | {"hidden_size": 64, "ffn_hidden_size": 128, "stack": WIDE_STACK}}
+    (told,) = set(ranks.run("fp8_jobs:refused", 2, config=wide))
+    assert told.startswith("precision.fp8.recipe=mxfp8 is not what torch")
 
 
 def test_weights_are_quantised_once_a_step(ranks: RankPool) -> None:

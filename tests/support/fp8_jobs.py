@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -77,6 +78,24 @@ def refused(rank: int, world_size: int, *, config: dict[str, Any]) -> str:
             return "accepted"
     except UsageError as error:
         return str(error)
+
+
+def said_when_loading(rank: int, world_size: int, *, config: dict[str, Any], state: dict[str, Any] | None) -> str:
+    """What the log says when a checkpoint with ``state`` is loaded."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("trine.parallel.fp8_control")
+    with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+        logger.addHandler(handler)
+        before = logger.level
+        logger.setLevel(logging.INFO)
+        try:
+            engine.fp8.restore(state)
+        finally:
+            logger.setLevel(before)
+            logger.removeHandler(handler)
+    return "\n".join(messages)
 
 
 def spoilt(rank: int, world_size: int, *, config: dict[str, Any]) -> list[float]:
