@@ -30,7 +30,8 @@ def shared_bytes(name: str) -> int:
     if kernel.endswith("_q"):
         return (of_queries + stages * of_keys) * size
     statistics = stages * 2 * maps * rows * 4
-    return (of_keys + stages * of_queries) * size + statistics
+    # Before dK is stored, its elements change places between the threads.
+    return (of_keys + stages * of_queries + keys * width) * size + statistics
 
 
 @pytest.mark.parametrize("name", ATTENTION)
