@@ -24,7 +24,9 @@ from trine.kernels.retention import fixed_decay_log, retention
 HEADS, KEY, VALUE = 8, 64, 128
 """RetNet's proportions at a width of 512."""
 PEER_CHUNKS = (512, 64, 128, 256)
-"""The first one is torchscale's default."""
+"""The first one is torchscale's default, and the only one in longer sequences than ``ALL_CHUNKS_UP_TO``."""
+ALL_CHUNKS_UP_TO = 8192
+"""Tokens. The backward pass of torchscale's scan grows with the square of the number of chunks."""
 
 
 def operations(tokens: int, chunk: int) -> float:
@@ -89,7 +91,7 @@ def on_cpu(lengths: Sequence[int], measure: Measure, rounds: int, dtype: torch.d
             Contender("trine, data-dependent decay", ours(inputs, inputs.gated), flops),
             *(
                 Contender(_peer(chunk), torchscale(inputs, chunk), operations(tokens, chunk))
-                for chunk in PEER_CHUNKS
+                for chunk in PEER_CHUNKS[: None if tokens <= ALL_CHUNKS_UP_TO else 1]
             ),
         ]
         rows = results[str(tokens)] = compare(contenders, measure, rounds=rounds, peak=peak)
@@ -105,9 +107,9 @@ def _peer(chunk: int) -> str:
 def growth(results: dict[str, list[Row]]) -> dict[str, float]:
     """Exponent of the time from the shortest to the longest sequence, by contender."""
     lengths = sorted(results, key=int)
-    first, last = results[lengths[0]], results[lengths[-1]]
-    doublings = math.log(int(lengths[-1]) / int(lengths[0]))
-    return {a.name: math.log(b.seconds / a.seconds) / doublings for a, b in zip(first, last, strict=True)}
+    first, last = ({row.name: row.seconds for row in results[length]} for length in (lengths[0], lengths[-1]))
+    factor = math.log(int(lengths[-1]) / int(lengths[0]))
+    return {name: math.log(last[name] / first[name]) / factor for name in first.keys() & last.keys()}
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 A table instead of a search at run time: all ranks then run the same code, whose rounding and speed repeat from run to
 run. An entry is named ``kernel/width/value width/bytes`` and serves all heads up to its widths: d of queries and keys,
 dv of values, both padded to powers of two, and the bytes of an element. The smallest entry that holds the heads is
-used. The environment variable TRINE_TILES may name a JSON file with other values, by entry or for a whole kernel:
+used. Retention's kernels take ``rows`` tokens by ``keys`` columns of a head at most. The environment variable
+TRINE_TILES may name a JSON file with other values, by entry or for a whole kernel:
 
     {"attention_forward/64/64/2": {"rows": 64, "keys": 64, "warps": 4, "stages": 3},
      "attention_backward_q": {"rows": 64, "keys": 32, "warps": 4, "stages": 2}}
@@ -71,6 +72,11 @@ TABLE: dict[str, Tiles] = {
     "differential_backward_q/256/512/2": Tiles(32, 32, 8, 1),
     "differential_backward_q/64/128/4": Tiles(32, 32, 8, 1),
     "differential_backward_q/256/512/4": Tiles(16, 16, 8, 1),
+    "retention_states/512/512/2": Tiles(64, 64, 4, 3),
+    "retention_states/512/512/4": Tiles(32, 32, 4, 1),
+    "retention_tokens/64/64/2": Tiles(64, 64, 4, 3),
+    "retention_tokens/512/512/2": Tiles(64, 128, 8, 2),
+    "retention_tokens/512/512/4": Tiles(32, 32, 4, 1),
 }
 """Entries by name; the module docstring says what a name means."""
 

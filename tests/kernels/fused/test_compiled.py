@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,16 +40,19 @@ def test_shared_memory_fits(name: str) -> None:
     assert shared_bytes(name) <= SHARED_BYTES
 
 
+def launches_of(program: str, repository: Path, cache: Path) -> list[dict[str, Any]]:
+    """What a program of tests/support compiles, in a process without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DEFAULT_FP_FUSION": "1"}
+    path = repository / "tests" / "support" / program
+    result = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 def test_attention_compiles(repository: Path, tmp_path: Path) -> None:
     """Both passes of differential attention with its norm, and of packed documents with a window of one token."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    program = repository / "tests" / "support" / "compiled_attention.py"
-    result = subprocess.run(
-        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=110
-    )
-    assert result.returncode == 0, result.stderr
-    launches = [json.loads(line) for line in result.stdout.splitlines()]
+    launches = launches_of("compiled_attention.py", repository, tmp_path)
     assert len(launches) == 8
     for launch in launches:
         assert launch["shared"] <= SHARED_BYTES
@@ -56,3 +60,13 @@ def test_attention_compiles(repository: Path, tmp_path: Path) -> None:
         assert (launch["products"] > 0) == (launch["kernel"] != "attention_row_sums")
     forward = launches[0]
     assert forward["shared"] <= shared_bytes("differential_forward/64/128/2")
+
+
+def test_retention_compiles(repository: Path, tmp_path: Path) -> None:
+    """Both passes of gated retention with documents: two scans, and the products for output, dQ, dK and dV."""
+    launches = launches_of("compiled_retention.py", repository, tmp_path)
+    assert [launch["kernel"] for launch in launches] == ["scan_states"] * 2 + ["mix_tokens"] * 4
+    for launch in launches:
+        assert launch["shared"] <= SHARED_BYTES
+        assert launch["products"] > 0  # tensor cores make them
+        assert launch["stack"] == 0  # all registers fit
