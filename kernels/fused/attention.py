@@ -13,7 +13,6 @@ fp32 log-sum-exp per query and map.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from ..norm import HeadNorm
 from .jit.attention_backward import attention_backward_kv, attention_backward_q, attention_row_sums
 from .jit.attention_forward import attention_forward
+from .launching import device_of
 from .tiles import Tiles, padded, tiles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -174,7 +174,7 @@ def _forward(call: _Call, *, save: bool) -> tuple[Tensor, Tensor | None, Tensor 
     second = _empty_ordered_as(q, call.output_shape) if save and call.maps == 2 else None
     lse = _per_query(call) if save else None
     blocks = call.tiles("forward")
-    with _device_of(q):
+    with device_of(q):
         attention_forward[(triton.cdiv(call.length_q, blocks.rows) * call.lanes,)](
             q, k, v, call.lam, call.starts, call.weight, out, raw, second, lse,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), call.heads, call.lanes, *call.band(),
@@ -193,7 +193,7 @@ def _row_sums(
     programs = triton.cdiv(call.length_q, rows) * call.lanes
     grad_out = _empty_ordered_as(out, out.shape) if call.has_norm else None
     shares = None if call.weight is None else sums.new_empty(programs, call.value_width)
-    with _device_of(out):
+    with device_of(out):
         attention_row_sums[(programs,)](
             grad, out, second, call.lam, call.weight, grad_out, shares, sums,
             *_strides(grad), *_strides(out), call.heads, call.lanes, call.length_q, call.eps, call.norm_scale,
@@ -208,7 +208,7 @@ def _grads_of_keys(call: _Call, grad: Tensor, lse: Tensor, sums: Tensor) -> tupl
     q, k, v = call.q, call.k, call.v
     grad_k, grad_v = (_empty_ordered_as(x, x.shape) for x in (k, v))
     blocks = call.tiles("backward_kv")
-    with _device_of(q):
+    with device_of(q):
         attention_backward_kv[(triton.cdiv(call.length_k, blocks.keys) * call.batches * call.groups,)](
             q, k, v, call.lam, call.starts, _ends_of_blocks(call, blocks.keys), grad, lse, sums, grad_k, grad_v,
             *_strides(q), *_strides(k), *_strides(v), *_strides(grad), *_strides(grad_k), *_strides(grad_v),
@@ -221,7 +221,7 @@ def _grad_of_queries(call: _Call, grad: Tensor, lse: Tensor, sums: Tensor) -> Te
     q, k, v = call.q, call.k, call.v
     grad_q = _empty_ordered_as(q, q.shape)
     blocks = call.tiles("backward_q")
-    with _device_of(q):
+    with device_of(q):
         attention_backward_q[(triton.cdiv(call.length_q, blocks.rows) * call.lanes,)](
             q, k, v, call.lam, call.starts, grad, lse, sums, grad_q,
             *_strides(q), *_strides(k), *_strides(v), *_strides(grad), *_strides(grad_q),
@@ -267,8 +267,3 @@ def _empty_ordered_as(x: Tensor, shape: Sequence[int]) -> Tensor:
     order = sorted(range(3), key=lambda dimension: x.stride()[dimension], reverse=True)
     inverse = [order.index(dimension) for dimension in range(3)]
     return x.new_empty(*(shape[dimension] for dimension in order), shape[3]).permute(*inverse, 3)
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -10,16 +10,22 @@ from compiled_kernels import Recorder
 from trine.kernels.fused import retention
 
 
+def run(dk: int, dv: int) -> None:
+    """Both passes of one sequence of two gated heads with documents, with the strides of (T, B, H, d)."""
+    tensors = (torch.zeros(512, 1, 2, width, dtype=torch.bfloat16) for width in (dk, dk, dv))
+    q, k, v = (x.permute(1, 2, 0, 3).requires_grad_() for x in tensors)
+    decay, state = torch.zeros(1, 2, 512, requires_grad=True), torch.zeros(1, 2, dk, dv, requires_grad=True)
+    resets = torch.zeros(1, 512, dtype=torch.bool)
+    output, final = retention.fused_retention(q, k, v, decay, state, resets)
+    torch.autograd.backward([output, final], [torch.zeros_like(output), torch.zeros_like(final)])
+
+
 def main() -> None:
     recorders = {name: Recorder(getattr(retention, name)) for name in ("scan_states", "mix_tokens")}
     for name, recorder in recorders.items():
         setattr(retention, name, recorder)
-    tensors = (torch.zeros(512, 1, 2, width, dtype=torch.bfloat16) for width in (64, 64, 128))
-    q, k, v = (x.permute(1, 2, 0, 3).requires_grad_() for x in tensors)
-    decay, state = torch.zeros(1, 2, 512, requires_grad=True), torch.zeros(1, 2, 64, 128, requires_grad=True)
-    resets = torch.zeros(1, 512, dtype=torch.bool)
-    output, final = retention.fused_retention(q, k, v, decay, state, resets)
-    torch.autograd.backward([output, final], [torch.zeros_like(output), torch.zeros_like(final)])
+    for dk, dv in ((64, 128), (256, 512)):
+        run(dk, dv)
     for recorder in recorders.values():
         for launch in recorder.launches:
             products = launch.ptx.count("mma")

@@ -98,8 +98,8 @@ def mix_tokens(
 
     left = load_rows(left_ptr, left_token, tile * ROWS, length, 0, INNER, ROWS, BLOCK_INNER)
     result = tl.zeros((ROWS, BLOCK_WIDTH), tl.float32)
-    for block in tl.static_range(inner_blocks):
-        if block == 0:
+    for block in range(inner_blocks):
+        if inner_blocks == 1:
             left_block = left
         else:
             left_block = load_rows(left_ptr, left_token, tile * ROWS, length, block, INNER, ROWS, BLOCK_INNER)
@@ -179,11 +179,18 @@ def row_products(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """(ROWS, ROWS) fp32 products of rows of two matrices; ``left`` is the first column block of the left rows."""
-    right = load_rows(right_ptr, right_token, right_first, length, 0, INNER, ROWS, BLOCK)
-    scores = tl.dot(left, tl.trans(right), input_precision="ieee")
-    for block in tl.static_range(1, (INNER + BLOCK - 1) // BLOCK):
-        more = load_rows(left_ptr, left_token, left_first, length, block, INNER, ROWS, BLOCK)
-        right = load_rows(right_ptr, right_token, right_first, length, block, INNER, ROWS, BLOCK)
-        scores = tl.dot(more, tl.trans(right), scores, input_precision="ieee")
-    return scores
+    """(ROWS, ROWS) fp32 products of rows of two matrices; ``left`` are the left rows where one block holds them.
+
+    Several blocks go through a loop, not unrolled: each in flight twice would not fit into shared memory.
+    """
+    blocks: tl.constexpr = (INNER + BLOCK - 1) // BLOCK
+    if blocks == 1:
+        right = load_rows(right_ptr, right_token, right_first, length, 0, INNER, ROWS, BLOCK)
+        return tl.dot(left, tl.trans(right), input_precision="ieee")
+    else:
+        scores = tl.zeros((ROWS, ROWS), tl.float32)
+        for block in range(blocks):
+            part = load_rows(left_ptr, left_token, left_first, length, block, INNER, ROWS, BLOCK)
+            right = load_rows(right_ptr, right_token, right_first, length, block, INNER, ROWS, BLOCK)
+            scores = tl.dot(part, tl.trans(right), scores, input_precision="ieee")
+        return scores

@@ -63,9 +63,9 @@ def test_attention_compiles(repository: Path, tmp_path: Path) -> None:
 
 
 def test_retention_compiles(repository: Path, tmp_path: Path) -> None:
-    """Both passes of gated retention with documents: two scans, and the products for output, dQ, dK and dV."""
+    """Both passes at two widths, one in blocks: two scans each, and the products for output, dQ, dK and dV."""
     launches = launches_of("compiled_retention.py", repository, tmp_path)
-    assert [launch["kernel"] for launch in launches] == ["scan_states"] * 2 + ["mix_tokens"] * 4
+    assert [launch["kernel"] for launch in launches] == ["scan_states"] * 4 + ["mix_tokens"] * 8
     for launch in launches:
         assert launch["shared"] <= SHARED_BYTES
         assert launch["products"] > 0  # tensor cores make them
