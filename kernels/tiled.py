@@ -1,10 +1,12 @@
 """Exact causal softmax attention tile by tile, with memory linear in the sequence length.
 
-A tile is a block of queries against all the keys that they may see, so its softmax is complete: nothing needs
-rescaling later, and the backward pass computes the same maps again instead of storing them or their
-normalisers. Two maps over the same values, A1 - lam A2, go through as one. The values are multiplied once,
-and the backward pass gets dV from one product and shares dP = dO V^T between the maps: 10 d multiplications
-per element of a pair of maps, where two separate attentions need 14 d.
+A tile is a block of queries against a block of keys, small enough to stay in cache. The forward pass walks the keys
+of a block of queries once, with a softmax that is rescaled as larger scores appear, and keeps the logarithm of every
+row's sum; the backward pass computes the same maps again from it. Row sums of map * gradient are those of output *
+upstream gradient, so that no row is walked twice (FlashAttention-2, arXiv 2307.08691). Two maps over the same values,
+A1 - lam A2, go through as one: the backward pass gets dV from one product and shares dP = dO V^T between the maps, 10 d
+multiplications per element of a pair of maps, where two separate attentions need 14 d. For it the second output,
+A2 v, is kept.
 
 Layout inside: a lane is one (batch, value head). q (lanes, maps, group, Tq, d), k (lanes, maps, Tk, d), v
 (lanes, Tk, dv), output (lanes, group, Tq, dv). The ``group`` of query heads that share a key head become rows
@@ -14,6 +16,7 @@ Where documents are kept apart, document_start (lanes, Tq) is the index of the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +25,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .precision import accumulate_bmm_, accumulation_dtype, operand, wide_bmm
+
+LOG2_E = math.log2(math.e)
+"""Scores are taken times this and exponentials to the base 2: on a CPU, torch's natural one is 30 times slower where
+its result is nearly 0, as many weights are."""
 
 
 def tiled_attention(
@@ -58,33 +65,37 @@ class _TiledAttention(torch.autograd.Function):
         window: int | None,
         document_start: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, lam, document_start)
-        ctx.window = window
         queries, keys, values = _to_lanes(q, k, v)
-        lanes, _, group, length, _ = queries.shape
-        output = q.new_empty(lanes, group, length, v.shape[-1])
+        lanes, maps, group, length, _ = queries.shape
+        output = queries.new_empty(lanes, group, length, v.shape[-1])
+        second = None if lam is None else torch.empty_like(output)
+        log_sums = queries.new_empty(lanes, maps, group, length, dtype=accumulation_dtype(q))
         starts = _starts_of_lanes(document_start, v)
-        for parts in _lane_splits(window, queries, keys, values, output, *starts):
+        tensors = (queries, keys, values, output, log_sums, second, starts)
+        for parts in _lane_splits(window, *tensors):
             _forward(*parts, lam=lam, window=window)
-        return output.view(q.shape[0], -1, length, v.shape[-1])
+        result = output.view(q.shape[0], -1, length, v.shape[-1]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, lam, document_start, result, second, log_sums)
+        ctx.window = window
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, lam, document_start = ctx.saved_tensors
+        q, k, v, lam, document_start, output, second, log_sums = ctx.saved_tensors
         queries, keys, values = _to_lanes(q, k, v)
         lanes, _, group, length, _ = queries.shape
         upstream = operand(grad_output).reshape(lanes, group, length, v.shape[-1])
+        row_sums = _row_sums(upstream, output.view(upstream.shape), second, lam)
         wide = accumulation_dtype(q)
-        grad_q = torch.empty_like(queries, dtype=wide)
-        grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
-        grad_lam = None if lam is None else torch.zeros_like(lam, dtype=wide)
+        grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (queries, keys, values))
         starts = _starts_of_lanes(document_start, v)
-        for parts in _lane_splits(ctx.window, queries, keys, values, upstream, grad_q, grad_k, grad_v, *starts):
-            _backward(*parts, lam=lam, grad_lam=grad_lam, window=ctx.window)
+        tensors = (queries, keys, values, upstream, log_sums, row_sums, grad_q, grad_k, grad_v, starts)
+        for parts in _lane_splits(ctx.window, *tensors):
+            _backward(*parts, lam=lam, window=ctx.window)
         grad_q = torch.unflatten(grad_q, 0, (q.shape[0], -1)).transpose(2, 3)
         grads = (grad.reshape(x.shape).to(x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
-        return *grads, None if grad_lam is None else grad_lam.to(lam.dtype), None, None
+        return *grads, None if lam is None else -row_sums[:, 1].sum().to(lam.dtype), None, None
 
 
 def _to_lanes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,82 +106,99 @@ def _to_lanes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return queries.flatten(0, 1), keys.flatten(0, 1), operand(v).flatten(0, 1)
 
 
-def _starts_of_lanes(document_start: Tensor | None, v: Tensor) -> tuple[Tensor, ...]:
-    """document_start (B, Tq) as a tuple of one tensor (lanes, Tq), empty where there is none."""
-    return () if document_start is None else (document_start.repeat_interleave(v.shape[1], dim=0),)
+def _starts_of_lanes(document_start: Tensor | None, v: Tensor) -> Tensor | None:
+    """document_start (B, Tq) as (lanes, Tq)."""
+    return None if document_start is None else document_start.repeat_interleave(v.shape[1], dim=0)
 
 
-def _rows(device: torch.device) -> int:
-    """Queries per tile: few on a CPU, for tiles that stay in cache; many on a GPU, for fewer launches."""
-    return 64 if device.type == "cpu" else 512
+def _row_sums(upstream: Tensor, output: Tensor, second: Tensor | None, lam: Tensor | None) -> Tensor:
+    """Sums over the keys of each map times the gradient of the mixed map: (lanes, maps, group, Tq)."""
+    wide = accumulation_dtype(upstream)
+    mixed = (upstream.to(wide) * output).sum(-1)
+    if second is None or lam is None:
+        return mixed.unsqueeze(1)
+    of_second = (upstream.to(wide) * second).sum(-1)
+    return torch.stack([mixed + lam * of_second, of_second], dim=1)
 
 
-def _lane_splits(window: int | None, q: Tensor, k: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors cut along the lanes: the maps of a tile hold about 4 MB (on a GPU 512 MB) at most."""
-    budget = 2**20 if q.device.type == "cpu" else 2**27
-    rows = _rows(q.device)
-    keys = k.shape[2] if window is None else min(k.shape[2], window + rows)
-    lanes = max(1, budget // (q.shape[1] * q.shape[2] * rows * keys))
-    return zip(*(torch.split(tensor, lanes) for tensor in (q, k, *others)), strict=True)
+def _block_sizes(device: torch.device) -> tuple[int, int]:
+    """Queries and keys of a tile: few on a CPU, for tiles that stay in cache; many on a GPU, for fewer launches."""
+    return (128, 512) if device.type == "cpu" else (512, 4096)
 
 
-class _Tile(NamedTuple):
-    """A block of queries and the range of keys that holds all that any of them sees."""
-
-    queries: slice
-    keys: slice
-    hidden: Tensor | None
-    """(lanes, rows, n) bool: which of the first n keys lie before the document of a query; None where none do."""
-
-
-def _tiles(q: Tensor, k: Tensor, window: int | None, document_start: Tensor | None) -> Iterator[_Tile]:
-    """The tiles of some lanes, from the first queries to the last."""
-    length, past, rows = q.shape[3], k.shape[2] - q.shape[3], _rows(q.device)
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        first, hidden = 0 if window is None else max(0, past + start - window + 1), None
-        if document_start is not None:
-            first, hidden = _hide_earlier_documents(document_start[:, start:stop], first, past + stop)
-        yield _Tile(slice(start, stop), slice(first, past + stop), hidden)
+def _lane_splits(window: int | None, q: Tensor, k: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors cut along the lanes: the maps of a tile hold about 1 MB (on a GPU 512 MB) at most."""
+    budget = 2**17 if q.device.type == "cpu" else 2**27
+    rows, keys = _block_sizes(q.device)
+    width = q.shape[1] * q.shape[2] * min(rows, q.shape[3]) * min(keys, k.shape[2])
+    lanes = max(1, budget // width)
+    for first in range(0, q.shape[0], lanes):
+        yield tuple(None if x is None else x[first : first + lanes] for x in (q, k, *others))
 
 
-def _hide_earlier_documents(starts: Tensor, first: int, last: int) -> tuple[int, Tensor | None]:
-    """The first key of a tile, ``first`` or a later one, and its ``hidden``.
+class _Queries(NamedTuple):
+    """A block of queries and the keys that hold all that any of them sees."""
 
-    ``starts`` (lanes, rows) are the document starts of the tile, whose keys end at ``last``. On a CPU the keys
-    before all starts are left out and those after all starts are not masked; elsewhere reading the starts would wait
-    for the device.
-    """
-    if starts.device.type == "cpu":
-        first, last = max(first, int(starts[:, 0].amin())), int(starts[:, -1].amax())
-    if last <= first:
-        return first, None
-    return first, torch.arange(first, last, device=starts.device) < starts.unsqueeze(-1)
+    rows: slice
+    position: int
+    """Index among the keys of the first query's own."""
+    first: int
+    last: int
+    starts: Tensor | None
+    """(lanes, rows) document starts."""
+
+    def blocks_of_keys(self, size: int) -> Iterator[slice]:
+        """The visible keys, ``size`` at a time."""
+        for first in range(self.first, self.last, size):
+            yield slice(first, min(first + size, self.last))
 
 
-def _softmax_maps(q: Tensor, k: Tensor, window: int | None, hidden: Tensor | None) -> Tensor:
-    """Maps (lanes, maps, group*rows, keys) of one tile, whose last query sits at its last key.
+def _blocks_of_queries(
+    q: Tensor, k: Tensor, window: int | None, document_start: Tensor | None
+) -> Iterator[_Queries]:
+    """The queries of some lanes, from the first block to the last."""
+    length, past, size = q.shape[3], k.shape[2] - q.shape[3], _block_sizes(q.device)[0]
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        first = 0 if window is None else max(0, past + start - window + 1)
+        starts = None if document_start is None else document_start[:, start:stop]
+        if starts is not None and starts.device.type == "cpu":  # elsewhere reading it would wait for the device
+            first = max(first, int(starts[:, 0].amin()))
+        yield _Queries(slice(start, stop), past + start, first, past + stop, starts)
 
-    q (lanes, maps, group, rows, d) already scaled, k (lanes, maps, keys, d), ``hidden`` of the tile. Only the edges
-    of the visible band cross the tile, so only they are masked, rather than every element.
+
+def _scores(q: Tensor, k: Tensor, block: _Queries, keys: slice, window: int | None) -> Tensor:
+    """Scores (lanes, maps, group*rows, keys) of one tile, -inf where a query does not see a key.
+
+    q (lanes, maps, group, rows, d) already scaled, k (lanes, maps, keys, d). Only tiles that an edge of the visible
+    band crosses are masked.
     """
     lanes, maps, group, rows, _ = q.shape
-    keys = k.shape[2]
-    scores = wide_bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).mT).view(lanes, maps, group, rows, keys)
-    scores[..., -rows:] += scores.new_full((rows, rows), -torch.inf).triu_(1)
-    forgotten = 0 if window is None else keys - window
-    if forgotten > 0:
-        scores[..., :forgotten] += scores.new_full((rows, forgotten), -torch.inf).tril_(forgotten - rows)
-    if hidden is not None:
-        scores[..., : hidden.shape[-1]].masked_fill_(hidden[:, None, None], -torch.inf)
-    return scores.softmax(dim=-1).view(lanes, maps, group * rows, keys)
+    count = keys.stop - keys.start
+    scores = wide_bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).mT).view(lanes, maps, group, rows, count)
+    own = block.position - keys.start
+    if own + 1 < count:
+        future = max(0, own + 1)
+        edge = scores.new_full((rows, count - future), -torch.inf).triu_(own + 1 - future)
+        scores[..., future:] += edge
+    if window is not None and own + rows > window:
+        scores += scores.new_full((rows, count), -torch.inf).tril_(own - window)
+    if block.starts is not None:
+        _hide_earlier_documents(scores, block.starts - keys.start)
+    return scores.view(lanes, maps, group * rows, count)
 
 
-def _subtract(maps: Tensor, lam: Tensor | None) -> Tensor:
-    """(lanes, maps, m, n) to the one map (lanes, m, n) that multiplies the values."""
-    if lam is None:
-        return maps.squeeze(1)
-    return torch.addcmul(maps[:, 0], maps[:, 1], lam.to(maps.dtype), value=-1)
+def _hide_earlier_documents(scores: Tensor, starts: Tensor) -> None:
+    """Mask what lies before the document of a query, whose ``starts`` (lanes, rows) count from the tile's first key.
+
+    On a CPU the columns after all starts are left alone; elsewhere reading the starts would wait for the device.
+    """
+    count = scores.shape[-1]
+    if starts.device.type == "cpu":
+        count = min(count, int(starts[:, -1].amax()))
+    if count > 0:
+        hidden = torch.arange(count, device=starts.device) < starts.unsqueeze(-1)
+        scores[..., :count].masked_fill_(hidden[:, None, None], -torch.inf)
 
 
 def _forward(
@@ -178,17 +206,55 @@ def _forward(
     k: Tensor,
     v: Tensor,
     output: Tensor,
-    document_start: Tensor | None = None,
+    log_sums: Tensor,
+    second: Tensor | None,
+    document_start: Tensor | None,
     *,
     lam: Tensor | None,
     window: int | None,
 ) -> None:
-    """Fill ``output`` for some lanes."""
-    scale = q.shape[-1] ** -0.5
-    for queries, keys, hidden in _tiles(q, k, window, document_start):
-        maps = _softmax_maps(q[..., queries, :] * scale, k[:, :, keys], window, hidden)
-        block = wide_bmm(_subtract(maps, lam).to(v.dtype), v[:, keys])
-        output[:, :, queries] = torch.unflatten(block, 1, (q.shape[2], -1))
+    """Fill ``output``, ``log_sums`` and, with two maps, ``second`` = A2 v for some lanes."""
+    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device)[1]
+    for block in _blocks_of_queries(q, k, window, document_start):
+        softmax = _RunningSoftmax(q[..., block.rows, 0], v)
+        queries = q[..., block.rows, :] * (scale * LOG2_E)
+        for keys in block.blocks_of_keys(size):
+            softmax.add_(_scores(queries, k[:, :, keys], block, keys, window), v[:, keys])
+        heads, log_sums[..., block.rows] = softmax.finish()
+        if second is not None and lam is not None:
+            second[..., block.rows, :] = heads[:, 1]
+            output[..., block.rows, :] = heads[:, 0] - lam.to(heads.dtype) * heads[:, 1]
+        else:
+            output[..., block.rows, :] = heads[:, 0]
+
+
+class _RunningSoftmax:
+    """softmax(scores) v of some rows, of which the scores come a block of keys at a time."""
+
+    def __init__(self, rows: Tensor, v: Tensor) -> None:
+        """``rows`` (lanes, maps, group, rows) gives the shape alone."""
+        self._shape = rows.shape
+        lanes, maps, group, length = rows.shape
+        shape, wide = (lanes, maps, group * length), accumulation_dtype(v)
+        # Lower than every score and not -inf, of which the difference to a hidden score would not be a number.
+        self._largest = v.new_full((*shape, 1), torch.finfo(wide).min, dtype=wide)
+        self._sums = torch.zeros_like(self._largest)
+        self._values = v.new_zeros(*shape, v.shape[-1], dtype=wide)
+
+    def add_(self, scores: Tensor, v: Tensor) -> None:
+        """Take scores (lanes, maps, m, n), which are overwritten, and their values v (lanes, n, dv)."""
+        largest = torch.maximum(self._largest, scores.amax(-1, keepdim=True))
+        weights = scores.sub_(largest).exp2_()
+        shrink = (self._largest - largest).exp2_()
+        self._largest = largest
+        self._sums = self._sums.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        self._values.mul_(shrink)
+        accumulate_bmm_(self._values.flatten(1, 2), weights.flatten(1, 2).to(v.dtype), v)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """The heads (lanes, maps, group, rows, dv) and the logarithms of the sums (lanes, maps, group, rows)."""
+        heads = (self._values / self._sums).view(*self._shape, -1)
+        return heads, (self._largest + self._sums.log2()).view(self._shape)
 
 
 def _backward(
@@ -196,37 +262,44 @@ def _backward(
     k: Tensor,
     v: Tensor,
     upstream: Tensor,
+    log_sums: Tensor,
+    row_sums: Tensor,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
-    document_start: Tensor | None = None,
+    document_start: Tensor | None,
     *,
     lam: Tensor | None,
-    grad_lam: Tensor | None,
     window: int | None,
 ) -> None:
-    """Fill ``grad_q`` and add to the other gradients for some lanes, from ``upstream`` = dL/d output."""
-    scale = q.shape[-1] ** -0.5
-    for queries, keys, hidden in _tiles(q, k, window, document_start):
-        block = q[..., queries, :] * scale
-        grad_block = upstream[:, :, queries].flatten(1, 2)
-        maps = _softmax_maps(block, k[:, :, keys], window, hidden)
-        accumulate_bmm_(grad_v[:, keys], _subtract(maps, lam).to(v.dtype).mT, grad_block)
-        grad_scores, row_sums = _softmax_backward(maps, wide_bmm(grad_block, v[:, keys].mT))
-        if lam is not None and grad_lam is not None:
-            grad_lam.sub_(row_sums[:, 1].sum())
-            grad_scores[:, 1].mul_(-lam.to(grad_scores.dtype))
-        grad_scores = grad_scores.to(k.dtype).flatten(0, 1)
-        grad_queries = wide_bmm(grad_scores, k[:, :, keys].flatten(0, 1)).mul_(scale)
-        grad_q[..., queries, :] = grad_queries.view(block.shape)
-        accumulate_bmm_(grad_k.flatten(0, 1)[:, keys], grad_scores.mT, block.flatten(2, 3).flatten(0, 1))
+    """Add to the gradients for some lanes, from ``upstream`` = dL/d output and what the forward pass kept."""
+    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device)[1]
+    for block in _blocks_of_queries(q, k, window, document_start):
+        queries = q[..., block.rows, :] * (scale * LOG2_E)
+        signed = _signed(q[..., block.rows, :] * scale, lam).flatten(2, 3).flatten(0, 1)
+        grad_block = upstream[:, :, block.rows].flatten(1, 2)
+        logs, sums = (x[..., block.rows].flatten(2).unsqueeze(-1) for x in (log_sums, row_sums))
+        grad_queries = torch.zeros_like(signed, dtype=grad_q.dtype)
+        for keys in block.blocks_of_keys(size):
+            maps = _scores(queries, k[:, :, keys], block, keys, window).sub_(logs).exp2_()
+            accumulate_bmm_(grad_v[:, keys], _subtract(maps, lam).to(v.dtype).mT, grad_block)
+            grad_maps = wide_bmm(grad_block, v[:, keys].mT).unsqueeze(1)
+            grad_scores = maps.mul_(grad_maps - sums).to(k.dtype).flatten(0, 1)
+            accumulate_bmm_(grad_queries, grad_scores, k[:, :, keys].flatten(0, 1))
+            accumulate_bmm_(grad_k.flatten(0, 1)[:, keys], grad_scores.mT, signed)
+        grad_q[..., block.rows, :] = _signed(grad_queries.view(queries.shape), lam).mul_(scale)
 
 
-def _softmax_backward(maps: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of the scores, maps . (grad - row_sums), and row_sums = the sums of maps . grad over the keys.
+def _signed(x: Tensor, lam: Tensor | None) -> Tensor:
+    """(lanes, maps, ...) times 1 and -lam, the weights of the maps."""
+    if lam is None:
+        return x
+    return torch.stack([x[:, 0], x[:, 1] * -lam.to(x.dtype)], dim=1)
 
-    maps (lanes, maps, m, n), grad (lanes, m, n) of the mixed map, which all maps of a lane share.
-    """
-    grad_scores = maps * grad.unsqueeze(1)
-    row_sums = grad_scores.sum(dim=-1, keepdim=True)
-    return grad_scores.addcmul_(maps, row_sums, value=-1), row_sums
+
+def _subtract(maps: Tensor, lam: Tensor | None) -> Tensor:
+    """(lanes, maps, m, n) to the one map (lanes, m, n) that multiplies the values."""
+    if lam is None:
+        return maps.squeeze(1)
+    # Two operations of two operands: torch does not vectorise one of three where an operand is broadcast.
+    return (maps[:, 1] * -lam.to(maps.dtype)).add_(maps[:, 0])
