@@ -182,7 +182,8 @@ def errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         return [output, *torch.autograd.grad(output, x[:-1], x[-1])]
 
     pairs = zip(results(differential_attention, tensors), results(exact_maps, exact), strict=True)
-    return {n: float((a.double() - b).detach().norm() / b.detach().norm()) for n, (a, b) in zip(names, pairs, strict=True)}
+    errors = (float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in pairs)
+    return dict(zip(names, errors, strict=True))
 
 
 def exact_maps(q: Tensor, k: Tensor, v: Tensor, lam: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Every patch, with its reason:
 ``Tensor.type()``                     the optimizers recognise parameters by ``torch.cuda.FloatTensor``
 ``tensor_parallel.random`` helpers    read and write the generator of a CUDA device
 ``clip_grads.l2_norm_impl``           a gradient norm summed in fp32 is off by 1e-5 at some million elements
+collectives of the gradient buffers   gloo copies the buffer of a rank that is alone three times, to give it the same
 ====================================  ==================================================================
 """
 
@@ -38,6 +39,9 @@ _FACTORIES = (
     "zeros_like ones_like empty_like full_like"
 ).split()
 _MEMORY_QUERIES = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split()
+
+_ROW = 4096
+"""Elements whose squares are summed in fp32."""
 
 _undo: list[Callable[[], None]] = []
 
@@ -95,12 +99,15 @@ def _patch_methods() -> None:
 
 
 def _patch_engine() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.random as random
 
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     _replace(clip_grads, "l2_norm_impl", _l2_norm)
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        _replace(buffers, name, _nothing_alone(getattr(buffers, name)))
     # With one generator for both, forking the "CUDA" state always moves the CPU's; the warning is moot here.
     logging.getLogger(random.__name__).addFilter(_drop_generator_warning)
     _undo.append(lambda: logging.getLogger(random.__name__).removeFilter(_drop_generator_warning))
@@ -110,8 +117,26 @@ def _l2_norm(
     chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool, *_: Any
 ) -> tuple[torch.Tensor, None]:
     """Norm of all tensors together, (1,) fp32, with the contract of apex's ``multi_tensor_l2norm``."""
-    squares = (torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in tensor_lists[0])
-    return torch.tensor([math.sqrt(sum(float(square) for square in squares))]), None
+    return torch.tensor([math.sqrt(sum(_sum_of_squares(x.flatten()) for x in tensor_lists[0]))]), None
+
+
+def _sum_of_squares(x: torch.Tensor) -> float:
+    """Of x (n,): short rows in fp32, which is fast, and what they give in fp64."""
+    whole = x.numel() - x.numel() % _ROW
+    norms = torch.linalg.vector_norm(x[:whole].view(-1, _ROW), dim=-1)
+    rest = torch.linalg.vector_norm(x[whole:], dtype=torch.float64)
+    return float(norms.double().square().sum() + rest.square())
+
+
+def _nothing_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """``collective`` (output, input, ..., group=) but for a group of one rank whose output is its input's memory."""
+
+    def call(output: torch.Tensor, given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["group"].size() == 1 and output.data_ptr() == given.data_ptr() and not kwargs.get("async_op"):
+            return None
+        return collective(output, given, *args, **kwargs)
+
+    return call
 
 
 def _drop_generator_warning(record: logging.LogRecord) -> bool:
