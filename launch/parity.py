@@ -16,6 +16,7 @@ from ..configs.layouts import NamedLayout, parse_layout, parse_layouts, under_la
 from ..configs.parameters import count_parameters
 from ..configs.schema import Config
 from ..configs.stack import SharedKVSegment
+from ..kernels.cross_entropy import CHUNK_ON_CPU
 from ..pretrain.parity import StepsOfRank, parity_config
 from ..pretrain.parity_comparison import Comparison, compare
 from .machine import usable_memory
@@ -147,11 +148,12 @@ def _check_memory(config: Config, layout: NamedLayout) -> None:
 
 
 def _activations(config: Config) -> float:
-    """Bytes that one microbatch keeps, roughly: the logits in fp32 with their gradients, and what each layer keeps."""
+    """Bytes that one microbatch keeps, roughly: what each layer keeps, and the loss, with a chunk of logits in fp32."""
     model, train = config.model, config.train
     layers = sum(0 if isinstance(segment, SharedKVSegment) else segment.layers for segment in model.stack)
-    per_token = 4 * model.padded_vocabulary() + layers * (20 * model.hidden_size + 4 * model.ffn_hidden_size)
-    return 4.0 * per_token * train.micro_batch_size * train.sequence_length
+    tokens = train.micro_batch_size * train.sequence_length
+    of_layers = tokens * layers * (20 * model.hidden_size + 4 * model.ffn_hidden_size)
+    return 4.0 * (of_layers + model.padded_vocabulary() * (min(tokens, CHUNK_ON_CPU) + model.hidden_size))
 
 
 def _ranks(layout: NamedLayout) -> str:

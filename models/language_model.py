@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
@@ -73,9 +72,9 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
             document_start: (B, S) position at which each token's document starts, where documents are kept apart.
 
         Returns:
-            The boundary tensor (S_local, B, W) of a stage that is not the last; else the loss of every token of
-            this rank (B, S / context size) in fp32, or their logits (S / context size, B, vocabulary / tensor size)
-            where no labels are given.
+            The boundary tensor (S_local, B, W) of a stage that is not the last; else the mean loss over the
+            B x S / context size tokens of this context rank, a scalar in fp32, or their logits (S / context size, B,
+            vocabulary / tensor size) where no labels are given.
         """
         context = self.context.over(tokens.shape[1])
         x, kv = self._enter(context.share.take(tokens, dim=1), context.share.local_length)
@@ -84,12 +83,10 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
             return make_viewless_tensor(  # type: ignore[no-any-return]
                 pack(x, kv if self.sends_kv else None), requires_grad=True, keep_graph=True
             )
-        logits: Tensor = self.output(self.final_norm(x), self.shared_embedding_or_output_weight())
+        x, weight = self.final_norm(x), self.shared_embedding_or_output_weight()
         if labels is None:
-            return logits
-        mine = context.share.take(labels, dim=1)
-        loss: Tensor = vocab_parallel_cross_entropy(logits.float(), mine.transpose(0, 1).contiguous())
-        return loss.transpose(0, 1).contiguous()
+            return self.output(x, weight)  # type: ignore[no-any-return]
+        return self.output.loss(x, context.share.take(labels, dim=1).mT, weight)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight held here, whose gradients Megatron-Core sums over the first and last stage."""

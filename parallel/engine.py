@@ -204,13 +204,12 @@ class Engine:
         """Megatron-Core's callback for one microbatch on one stage."""
         return model(*next(microbatches)), self._loss
 
-    def _loss(self, per_token: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's part of the microbatch's mean loss, and the mean over its own tokens as a report.
+    def _loss(self, mean: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's part of the microbatch's mean loss, and the mean over its own tokens, given, as a report.
 
         Gradients are averaged over data and context ranks, and the schedule multiplies by the context size to make
         a sum over context ranks of it: so each part is divided by the tokens of the whole sequences.
         """
-        mean = per_token.mean()
         return mean / self.topology.layout.context, {"loss": mean.detach()}
 
     def _communicator(self, num_microbatches: int, shape: StepShape, forward_only: bool) -> KVCarryCommunicator:

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from .cross_entropy import vocabulary_loss
 from .parameters import Blueprint, Law, Section, tag
 
 
@@ -82,7 +83,7 @@ class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
 
 
 class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
-    """Vocabulary logits, cut over tensor ranks; owns no weight where it borrows the embedding's."""
+    """Vocabulary logits, cut over tensor ranks, or their loss; owns no weight where it borrows the embedding's."""
 
     def __init__(
         self, rows: int, width: int, law: Law | None, config: TransformerConfig, groups: ProcessGroupCollection
@@ -99,3 +100,12 @@ class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
         logits: Tensor
         logits, _ = super().forward(x, weight=weight)
         return logits
+
+    def loss(self, x: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Mean cross entropy of the logits that ``forward`` would give, whose whole is never made.
+
+        x (S_local, B, width), labels (S, B) -> a scalar in fp32, the same on every tensor rank. The weight's gradient
+        comes through autograd, whatever ``gradient_accumulation_fusion`` says.
+        """
+        weight = self.weight if weight is None else weight
+        return vocabulary_loss(x, weight, labels, self.tp_group, sequence_parallel=self.sequence_parallel)
