@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .precision import accumulation_dtype
+from .vendor import norm_vendor, vendor_rms_norm
 
 
 class HeadNorm(NamedTuple):
@@ -23,8 +24,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times ``weight`` (d,) where given; returns x.dtype.
 
     Statistics in fp32 at least. The result stays in x.dtype under a wider weight too, because a promoted
-    result would only fail later, at the next projection.
+    result would only fail later, at the next projection. On a GPU apex's or Transformer Engine's where they are
+    installed and take these types (``vendor``), else torch's own fused norm.
     """
+    if weight is not None and (vendor := norm_vendor(x.device, x.dtype, weight.dtype)) is not None:
+        return vendor_rms_norm(vendor, x, weight, eps)
     if weight is None or weight.dtype == x.dtype:
         return functional.rms_norm(x, x.shape[-1:], weight, eps)
     wide = accumulation_dtype(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,18 +21,30 @@ from trine.launch.pool import RankPool
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def _missing() -> dict[str, str]:
+    """What cases need by their markers and this machine lacks: the marker, and what a case says of it."""
+    missing = {} if torch.cuda.is_available() else {"gpu": "a CUDA device, and torch finds none"}
+    for marker, module in {"apex": "amp_C", "engine": "transformer_engine_torch"}.items():
+        if importlib.util.find_spec(module) is None:
+            missing[marker] = f"the module {module}, which is not installed"
+    return missing
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, cases marked ``gpu`` are left out unless ``-m`` asks for them."""
-    if torch.cuda.is_available() or re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
-        return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Cases marked by what is missing here, such as ``gpu``, are left out unless ``-m`` asks for them."""
+    expression = config.option.markexpr
+    absent = [marker for marker in _missing() if not re.search(rf"(?<!not )\b{marker}\b", expression)]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in absent)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A case marked ``gpu`` fails where there is none: a run that asks for it may not pass without it."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.fail("this case needs a CUDA device, and torch finds none; run without -m gpu", pytrace=False)
+    """A case marked by what is missing here fails: a run that asks for it may not pass without it."""
+    for marker, needed in _missing().items():
+        if item.get_closest_marker(marker):
+            pytest.fail(f"this case needs {needed}; run without -m {marker}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

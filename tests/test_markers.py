@@ -1,4 +1,4 @@
-"""Cases for a GPU are left out where there is none, and fail where they are asked for all the same."""
+"""Cases for a GPU, or for a package, are left out where there is none, and fail where they are asked for all the same."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 
-CASE = "import pytest\n@pytest.mark.gpu\ndef test_gpu(): pass\ndef test_cpu(): pass\n"
+CASE = (
+    "import pytest\n@pytest.mark.gpu\ndef test_gpu(): pass\ndef test_cpu(): pass\n"
+    "@pytest.mark.apex\ndef test_apex(): pass\n"
+)
 
 
 @pytest.mark.parametrize(
     ("words", "code", "sentences"),
     [
-        ([], 0, ["1 passed, 1 deselected"]),
-        (["-m", "gpu"], 1, ["1 deselected, 1 error", "needs a CUDA device, and torch finds none; run without -m gpu"]),
-        (["-m", "not gpu"], 0, ["1 passed, 1 deselected"]),
+        ([], 0, ["1 passed, 2 deselected"]),
+        (["-m", "gpu"], 1, ["2 deselected, 1 error", "needs a CUDA device, and torch finds none; run without -m gpu"]),
+        (["-m", "not gpu"], 0, ["1 passed, 2 deselected"]),
+        (["-m", "apex"], 1, ["2 deselected, 1 error", "needs the module amp_C, which is not installed; run without -m apex"]),
     ],
 )
-def test_without_a_gpu(
+def test_without_a_gpu_and_apex(
     repository: Path, tmp_path: Path, words: list[str], code: int, sentences: list[str]
 ) -> None:
     (tmp_path / "test_case.py").write_text(CASE)
@@ -37,8 +41,9 @@ def test_without_a_gpu(
 
 
 def _as_plugin(repository: Path, folder: Path) -> Path:
-    """A folder from which pytest loads the conftest of all tests as a plugin, outside their folder."""
+    """A folder from which pytest loads the conftest of all tests as a plugin, outside their folder; apex is hidden."""
     plugins = folder / "plugins"
     plugins.mkdir()
-    (plugins / "conftest_of_trine.py").write_text((repository / "tests" / "conftest.py").read_text())
+    text = (repository / "tests" / "conftest.py").read_text()
+    (plugins / "conftest_of_trine.py").write_text(f"{text}\nimport sys\nsys.modules['amp_C'] = None\n")
     return plugins
