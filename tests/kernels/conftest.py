@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from largest import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative errors against fp64: far above the rounding of each format, far below the effect of a mistake."""
@@ -79,21 +79,6 @@ def assert_same() -> Callable[[Function, Function, list[Tensor]], None]:
                 assert error(result, target) < tolerance, f"{name} {index}"
 
     return check
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(result, Tensor):
-                self.elements = max(self.elements, result.numel())
-        return results
 
 
 @pytest.fixture

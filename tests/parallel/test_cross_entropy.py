@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from largest import LargestTensor
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 from vocabulary import inputs
 
 from trine.launch.pool import RankPool
@@ -114,19 +113,6 @@ def test_a_second_backward_pass_is_refused(alone: Loss) -> None:
         loss.backward()
 
 
-class _LargestMade(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(result, Tensor):
-                self.elements = max(self.elements, result.numel())
-        return results
-
-
 def test_logits_are_never_whole(alone: Loss) -> None:
     """2100 tokens in chunks of the default size."""
     tokens, width, vocabulary = 2100, 4, 300
@@ -134,9 +120,9 @@ def test_logits_are_never_whole(alone: Loss) -> None:
     x = torch.randn(tokens, 1, width, generator=generator).requires_grad_()
     weight = torch.randn(vocabulary, width, generator=generator).requires_grad_()
     labels = torch.randint(0, vocabulary, (tokens, 1), generator=generator)
-    with _LargestMade() as ours:
+    with LargestTensor() as ours:
         alone(x, weight, labels, chunk=None).backward()
-    with _LargestMade() as whole:
+    with LargestTensor() as whole:
         cross_entropy((x @ weight.mT).flatten(0, 1), labels.flatten()).backward()
     assert ours.elements <= tokens * vocabulary / 4
     assert whole.elements >= tokens * vocabulary
