@@ -121,15 +121,21 @@ def _row_sums(upstream: Tensor, output: Tensor, second: Tensor | None, lam: Tens
     return torch.stack([mixed + lam * of_second, of_second], dim=1)
 
 
-def _block_sizes(device: torch.device) -> tuple[int, int]:
-    """Queries and keys of a tile: few on a CPU, for tiles that stay in cache; many on a GPU, for fewer launches."""
-    return (128, 512) if device.type == "cpu" else (512, 4096)
+def _block_sizes(device: torch.device, window: int | None) -> tuple[int, int]:
+    """Queries and keys of a tile: few on a CPU, for tiles that stay in cache; many on a GPU, for fewer launches.
+
+    Of the keys of a tile with a window, as many as it has queries are outside for some of them.
+    """
+    if device.type != "cpu":
+        return 512, 4096
+    return (256, 256) if window is None else (64, 1024)
 
 
 def _lane_splits(window: int | None, q: Tensor, k: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors cut along the lanes: the maps of a tile hold about 1 MB (on a GPU 512 MB) at most."""
+    """The tensors cut along the lanes: the maps of a tile hold half a megabyte (on a GPU 512 MB) at most."""
     budget = 2**17 if q.device.type == "cpu" else 2**27
-    rows, keys = _block_sizes(q.device)
+    rows, keys = _block_sizes(q.device, window)
+    keys = keys if window is None else min(keys, window + rows)
     width = q.shape[1] * q.shape[2] * min(rows, q.shape[3]) * min(keys, k.shape[2])
     lanes = max(1, budget // width)
     for first in range(0, q.shape[0], lanes):
@@ -157,7 +163,7 @@ def _blocks_of_queries(
     q: Tensor, k: Tensor, window: int | None, document_start: Tensor | None
 ) -> Iterator[_Queries]:
     """The queries of some lanes, from the first block to the last."""
-    length, past, size = q.shape[3], k.shape[2] - q.shape[3], _block_sizes(q.device)[0]
+    length, past, size = q.shape[3], k.shape[2] - q.shape[3], _block_sizes(q.device, window)[0]
     for start in range(0, length, size):
         stop = min(start + size, length)
         first = 0 if window is None else max(0, past + start - window + 1)
@@ -214,7 +220,7 @@ def _forward(
     window: int | None,
 ) -> None:
     """Fill ``output``, ``log_sums`` and, with two maps, ``second`` = A2 v for some lanes."""
-    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device)[1]
+    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device, window)[1]
     for block in _blocks_of_queries(q, k, window, document_start):
         softmax = _RunningSoftmax(q[..., block.rows, 0], v)
         queries = q[..., block.rows, :] * (scale * LOG2_E)
@@ -273,7 +279,7 @@ def _backward(
     window: int | None,
 ) -> None:
     """Add to the gradients for some lanes, from ``upstream`` = dL/d output and what the forward pass kept."""
-    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device)[1]
+    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device, window)[1]
     for block in _blocks_of_queries(q, k, window, document_start):
         queries = q[..., block.rows, :] * (scale * LOG2_E)
         signed = _signed(q[..., block.rows, :] * scale, lam).flatten(2, 3).flatten(0, 1)
@@ -283,11 +289,18 @@ def _backward(
         for keys in block.blocks_of_keys(size):
             maps = _scores(queries, k[:, :, keys], block, keys, window).sub_(logs).exp2_()
             accumulate_bmm_(grad_v[:, keys], _subtract(maps, lam).to(v.dtype).mT, grad_block)
-            grad_maps = wide_bmm(grad_block, v[:, keys].mT).unsqueeze(1)
-            grad_scores = maps.mul_(grad_maps - sums).to(k.dtype).flatten(0, 1)
+            _multiply_centred_(maps, wide_bmm(grad_block, v[:, keys].mT), sums)
+            grad_scores = maps.to(k.dtype).flatten(0, 1)
             accumulate_bmm_(grad_queries, grad_scores, k[:, :, keys].flatten(0, 1))
             accumulate_bmm_(grad_k.flatten(0, 1)[:, keys], grad_scores.mT, signed)
         grad_q[..., block.rows, :] = _signed(grad_queries.view(queries.shape), lam).mul_(scale)
+
+
+def _multiply_centred_(maps: Tensor, grad: Tensor, row_sums: Tensor) -> None:
+    """maps (lanes, maps, m, n) times grad - row_sums, where grad (lanes, m, n) is overwritten; row_sums has n = 1."""
+    steps = torch.cat([row_sums[:, :1], row_sums.diff(dim=1)], dim=1)  # each map goes on from the one before it
+    for one, step in zip(maps.unbind(1), steps.unbind(1), strict=True):
+        one.mul_(grad.sub_(step))
 
 
 def _signed(x: Tensor, lam: Tensor | None) -> Tensor:
@@ -301,5 +314,6 @@ def _subtract(maps: Tensor, lam: Tensor | None) -> Tensor:
     """(lanes, maps, m, n) to the one map (lanes, m, n) that multiplies the values."""
     if lam is None:
         return maps.squeeze(1)
-    # Two operations of two operands: torch does not vectorise one of three where an operand is broadcast.
-    return (maps[:, 1] * -lam.to(maps.dtype)).add_(maps[:, 0])
+    if maps.device.type == "cpu":  # where torch does not vectorise addcmul with a broadcast operand
+        return torch.sub(maps[:, 0], maps[:, 1], alpha=lam.item())
+    return torch.addcmul(maps[:, 0], maps[:, 1], lam.to(maps.dtype), value=-1)

@@ -17,7 +17,7 @@ from trine.kernels.tiled import tiled_attention
 Randn = Callable[..., Tensor]
 Check = Callable[..., None]
 
-LENGTHS = [1, 7, 63, 130, 257]
+LENGTHS = [1, 7, 63, 130, 257, 530]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -70,9 +70,28 @@ def test_the_reference_agrees_with_torch(randn: Randn) -> None:
 
 
 def test_many_lanes_are_worked_off_in_parts(randn: Randn, assert_same: Check) -> None:
-    # 70 lanes of 64 x 257 maps exceed the 2^20 elements of one tile.
+    # 70 lanes of 256 x 256 maps exceed the 2^17 elements of one tile.
     q, k, v = (randn(7, 10, 257, 4) for _ in range(3))
     assert_same(tiled_attention, reference.attention, [q, k, v])
+
+
+@pytest.mark.parametrize("window", [None, 1030])
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_rows_of_many_tiles(
+    randn: Randn, assert_same: Check, packed: Callable[[list[list[int]]], Tensor], window: int | None, scale: float
+) -> None:
+    """The largest score of a row may come late, and whole tiles may hold none that it sees."""
+    q, k, v = (randn(1, heads, 1300, 4) for heads in (2, 1, 1))
+    starts = packed([[3, 700, 597]])
+
+    def scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda q, k, v: function(q * scale, k, v)
+
+    assert_same(
+        scaled(lambda *x: tiled_attention(*x, window=window, document_start=starts)),
+        scaled(lambda *x: reference.attention(*x, window, starts)),
+        [q, k, v],
+    )
 
 
 def test_permuted_inputs_need_no_copy_by_the_caller(randn: Randn, assert_same: Check) -> None:
