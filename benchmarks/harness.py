@@ -155,13 +155,13 @@ def compare(
     return rows
 
 
-def table(title: str, rows: Sequence[Row], *, tokens: int | None = None) -> str:
-    """The rows as text in Markdown; with ``tokens`` of a job, tokens per second, too."""
-    lines = [f"\n{title}\n", "| | ms | relative | peak MiB | of matmul peak |" + (" tokens/s |" if tokens else "")]
+def table(title: str, rows: Sequence[Row], *, tokens: int | None = None, share: str = "of matmul peak") -> str:
+    """The rows as text in Markdown; with ``tokens`` of a job, tokens per second, too. ``share`` is of what peak."""
+    lines = [f"\n{title}\n", f"| | ms | relative | peak MiB | {share} |" + (" tokens/s |" if tokens else "")]
     lines.append("|---|---|---|---|---|" + ("---|" if tokens else ""))
     for row in rows:
-        share = "" if row.of_peak is None else f"{row.of_peak:.0%}"
-        cells = f"| {row.name} | {row.seconds * 1e3:.1f} | {row.relative:.2f} | {row.peak_mib:.0f} | {share} |"
+        of_peak = "" if row.of_peak is None else f"{row.of_peak:.0%}"
+        cells = f"| {row.name} | {row.seconds * 1e3:.1f} | {row.relative:.2f} | {row.peak_mib:.0f} | {of_peak} |"
         lines.append(cells + (f" {tokens / row.seconds:,.0f} |" if tokens else ""))
     return "\n".join(lines)
 
