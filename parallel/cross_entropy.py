@@ -43,9 +43,9 @@ def vocabulary_loss(
         chunk: tokens whose logits exist at a time; ``chunk_tokens`` by default.
 
     Each rank keeps, from the forward to the backward pass, the gradients of x (S, B, W) and of ``weight``, the second
-    in fp32, and nothing of size S x B x V. One collective of three numbers per token and rank is all that softmax
-    needs; x is gathered once, and its gradient is summed over ranks in the backward pass. Differentiable in x and
-    weight, for one backward pass. Without gradients, only the loss is computed.
+    in fp32 where it is a sum over chunks, and nothing of size S x B x V. One collective of three numbers per token and
+    rank is all that a chunk's softmax needs; x is gathered once, and its gradient is summed over ranks in the backward
+    pass. Differentiable in x and weight, for one backward pass. Without gradients, only the loss is computed.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()  # or the function below would make gradients all the same
