@@ -285,20 +285,23 @@ def _backward(
         signed = _signed(q[..., block.rows, :] * scale, lam).flatten(2, 3).flatten(0, 1)
         grad_block = upstream[:, :, block.rows].flatten(1, 2)
         logs, sums = (x[..., block.rows].flatten(2).unsqueeze(-1) for x in (log_sums, row_sums))
+        steps = torch.cat([sums[:, :1], sums.diff(dim=1)], dim=1)
         grad_queries = torch.zeros_like(signed, dtype=grad_q.dtype)
         for keys in block.blocks_of_keys(size):
             maps = _scores(queries, k[:, :, keys], block, keys, window).sub_(logs).exp2_()
             accumulate_bmm_(grad_v[:, keys], _subtract(maps, lam).to(v.dtype).mT, grad_block)
-            _multiply_centred_(maps, wide_bmm(grad_block, v[:, keys].mT), sums)
+            _multiply_centred_(maps, wide_bmm(grad_block, v[:, keys].mT), steps)
             grad_scores = maps.to(k.dtype).flatten(0, 1)
             accumulate_bmm_(grad_queries, grad_scores, k[:, :, keys].flatten(0, 1))
             accumulate_bmm_(grad_k.flatten(0, 1)[:, keys], grad_scores.mT, signed)
         grad_q[..., block.rows, :] = _signed(grad_queries.view(queries.shape), lam).mul_(scale)
 
 
-def _multiply_centred_(maps: Tensor, grad: Tensor, row_sums: Tensor) -> None:
-    """maps (lanes, maps, m, n) times grad - row_sums, where grad (lanes, m, n) is overwritten; row_sums has n = 1."""
-    steps = torch.cat([row_sums[:, :1], row_sums.diff(dim=1)], dim=1)  # each map goes on from the one before it
+def _multiply_centred_(maps: Tensor, grad: Tensor, steps: Tensor) -> None:
+    """Multiply each of maps (lanes, maps, m, n) by grad (lanes, m, n), which is overwritten, minus its row sums.
+
+    ``steps`` (lanes, maps, m, 1) are the row sums of the first map, and how those of each other differ from the last.
+    """
     for one, step in zip(maps.unbind(1), steps.unbind(1), strict=True):
         one.mul_(grad.sub_(step))
 
