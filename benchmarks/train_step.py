@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -75,9 +76,8 @@ def config_of(stack: list[dict[str, Any]], dtype: str, **sections: Any) -> Confi
 @contextmanager
 def one_process() -> Iterator[Callable[[Config], Topology]]:
     """Join a process group of this process alone; gives what makes the topology of a configuration, once."""
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29511")
-    device = join(0, 1, 0)
+    place = Path(tempfile.mkdtemp())
+    device = join(0, 1, 0, init_method=f"file://{place / 'store'}")
     made: list[Topology] = []
 
     def topology(config: Config) -> Topology:
@@ -90,6 +90,7 @@ def one_process() -> Iterator[Callable[[Config], Topology]]:
     finally:
         leave_topology()
         leave()
+        shutil.rmtree(place)
 
 
 def engine_of(config: Config, topology: Topology) -> Engine:

@@ -56,7 +56,7 @@ def absent(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"Triton needs a CUDA device, and this is the device {device.type}"
+        return "Triton needs a CUDA device"
     return None
 
 

@@ -13,6 +13,7 @@ from ..configs.schema import Config
 from ..configs.sequence_checks import ExchangingSegment
 from ..configs.stack import SharedKVSegment, context_order
 from ..kernels.dispatch import explain
+from ..kernels.vendor import norms_and_activations
 from ..models.split import pipeline_split
 from ..parallel.topology import Topology
 from .place import Place
@@ -35,6 +36,7 @@ def banner(
         "layout": _layout(topology, config),
         "parameters": f"{sum(parameters):,} per tensor rank (stages: {', '.join(f'{n:,}' for n in parameters)})",
         "kernels": explain(config.kernels.backend, topology.device),
+        "norms": norms_and_activations(topology.device),
         "precision": f"{config.precision.compute} compute, fp32 gradients, master weights and optimizer state",
         "linear maps": _linear_maps(config),
         "optimizer": _optimizer(config),

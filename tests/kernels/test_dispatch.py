@@ -40,7 +40,7 @@ def test_names_are_obeyed() -> None:
 
 
 def test_triton_is_refused_where_it_cannot_run(without_interpreter: None) -> None:
-    with pytest.raises(UsageError, match="backend=triton: Triton needs a CUDA device, and this is the device cpu; use auto or"):
+    with pytest.raises(UsageError, match="backend=triton: Triton needs a CUDA device; use auto or torch"):
         resolve("triton", CPU, takes_all)
 
 

@@ -203,7 +203,7 @@ def test_side_by_side() -> None:
 @pytest.mark.parametrize(
     ("device", "modules", "expected"),
     [
-        (CPU, APEX | ENGINE, "torch, since apex and Transformer Engine need a CUDA device, and this is the device cpu"),
+        (CPU, APEX | ENGINE, "torch, since apex and Transformer Engine need a CUDA device"),
         (CUDA, NO_APEX | NO_ENGINE, "torch, since neither NVIDIA apex nor Transformer Engine is installed"),
         (
             CUDA,
