@@ -98,7 +98,7 @@ def engine_swiglu(activated: Tensor, linear: Tensor) -> Tensor:
 def norms_and_activations(device: torch.device) -> str:
     """One line for a start-up banner: whose norms and activations run on ``device``, and why."""
     if device.type != "cuda":
-        return f"torch, since apex and Transformer Engine need a CUDA device"
+        return "torch, since apex and Transformer Engine need a CUDA device"
     norm = norm_vendor(device, torch.float32, torch.float32)
     if norm is None:
         return "torch, since neither NVIDIA apex nor Transformer Engine is installed"
