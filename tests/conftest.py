@@ -16,8 +16,11 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, as Megatron-Core does: its kernels then run in Triton's interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from trine.configs.checks import Layout
 from trine.launch.pool import RankPool
+from trine.parallel import topology
 
+ONE_RANK = Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=1, context=1, data=1, num_microbatches=1)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -73,6 +76,16 @@ def golden() -> Callable[[str], dict[str, Any]]:
         return tensors
 
     return load
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[topology.Topology]:
+    """A process group of this process alone."""
+    store = Path(tmp_path_factory.mktemp("group")) / "store"
+    device = topology.join(0, 1, 0, init_method=f"file://{store}")
+    yield topology.build_topology(ONE_RANK, device)
+    topology.leave_topology()
+    topology.leave()
 
 
 @pytest.fixture(scope="session")

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from trine.configs.checks import Layout
 from trine.configs.schema import Config
 from trine.models.site import Site
 from trine.parallel import topology
 from trine.parallel.engine_config import engine_config
-
-ONE_RANK = Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=1, context=1, data=1, num_microbatches=1)
-
-
-@pytest.fixture(scope="session")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[topology.Topology]:
-    """A process group of this process alone."""
-    store = Path(tmp_path_factory.mktemp("group")) / "store"
-    device = topology.join(0, 1, 0, init_method=f"file://{store}")
-    yield topology.build_topology(ONE_RANK, device)
-    topology.leave_topology()
-    topology.leave()
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from largest import LargestTensor
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -15,6 +13,7 @@ from vocabulary import inputs
 
 from trine.launch.pool import RankPool
 from trine.parallel.cross_entropy import vocabulary_loss
+from trine.parallel.topology import Topology
 
 Loss = Callable[..., Tensor]
 
@@ -65,18 +64,14 @@ def _collectives(size: int, sequence_parallel: bool) -> dict[str, int]:
     return {"allgather_base": CHUNKS, "allreduce": 1}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loss]:
+@pytest.fixture
+def alone(one_rank: Topology) -> Loss:
     """The loss over one rank, this process."""
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{Path(store)}")
 
     def loss(x: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = CHUNK) -> Tensor:
-        assert dist.group.WORLD is not None
-        return vocabulary_loss(x, weight, labels, dist.group.WORLD, sequence_parallel=False, chunk=chunk)
+        return vocabulary_loss(x, weight, labels, one_rank.groups.tp, sequence_parallel=False, chunk=chunk)
 
-    yield loss
-    dist.destroy_process_group()
+    return loss
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
