@@ -14,7 +14,7 @@ from .cross_entropy import vocabulary_loss
 from .parameters import Blueprint, Law, Section, tag
 
 
-def _no_init(weight: Tensor) -> Tensor:
+def no_first_values(weight: Tensor) -> Tensor:
     """Megatron-Core's hook for first values, unused: ``parameters.initialise`` gives them by global name."""
     return weight
 
@@ -32,7 +32,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     ) -> None:
         rows = sum(section.shape[0] for section in sections)
         super().__init__(
-            input_size, rows, config=config, init_method=_no_init, bias=False, skip_bias_add=False,
+            input_size, rows, config=config, init_method=no_first_values, bias=False, skip_bias_add=False,
             gather_output=False, is_expert=False, tp_group=groups.tp,
         )  # fmt: skip
         blueprint = Blueprint(tuple(sections), partition=0)
@@ -52,7 +52,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         self, input_size: int, output_size: int, law: Law, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(
-            input_size, output_size, config=config, init_method=_no_init, bias=False, input_is_parallel=True,
+            input_size, output_size, config=config, init_method=no_first_values, bias=False, input_is_parallel=True,
             skip_bias_add=False, is_expert=False, tp_group=groups.tp,
         )  # fmt: skip
         tag(self.weight, Blueprint((Section("weight", (output_size, input_size), law),), partition=1))
@@ -71,7 +71,7 @@ class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
         self, rows: int, width: int, law: Law, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(
-            rows, width, init_method=_no_init, reduce_scatter_embeddings=config.sequence_parallel, config=config,
+            rows, width, init_method=no_first_values, reduce_scatter_embeddings=config.sequence_parallel, config=config,
             tp_group=groups.tp,
         )  # fmt: skip
         tag(self.weight, Blueprint((Section("weight", (rows, width), law),), partition=0))
@@ -89,7 +89,7 @@ class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
         self, rows: int, width: int, law: Law | None, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(
-            width, rows, config=config, init_method=_no_init, bias=False, skip_bias_add=False, gather_output=False,
+            width, rows, config=config, init_method=no_first_values, bias=False, skip_bias_add=False, gather_output=False,
             skip_weight_param_allocation=law is None, tp_group=groups.tp,
         )  # fmt: skip
         if law is not None:

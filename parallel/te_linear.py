@@ -17,11 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from .linear import no_first_values
 from .parameters import Blueprint, Law, Section, tag
-
-
-def _no_init(weight: Tensor) -> Tensor:
-    return weight
 
 
 class TEColumnLinear(TEColumnParallelLinear):  # type: ignore[misc]
@@ -31,7 +28,7 @@ class TEColumnLinear(TEColumnParallelLinear):  # type: ignore[misc]
         self, input_size: int, sections: Sequence[Section], config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(
-            input_size, sum(section.shape[0] for section in sections), config=config, init_method=_no_init,
+            input_size, sum(section.shape[0] for section in sections), config=config, init_method=no_first_values,
             gather_output=False, bias=False, skip_bias_add=False, is_expert=False, tp_group=groups.tp,
         )  # fmt: skip
         blueprint = Blueprint(tuple(sections), partition=0)
@@ -51,7 +48,7 @@ class TERowLinear(TERowParallelLinear):  # type: ignore[misc]
         self, input_size: int, output_size: int, law: Law, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(
-            input_size, output_size, config=config, init_method=_no_init, bias=False, input_is_parallel=True,
+            input_size, output_size, config=config, init_method=no_first_values, bias=False, input_is_parallel=True,
             skip_bias_add=False, is_expert=False, tp_group=groups.tp,
         )  # fmt: skip
         tag(self.weight, Blueprint((Section("weight", (output_size, input_size), law),), partition=1))
