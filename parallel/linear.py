@@ -89,8 +89,8 @@ class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
         self, rows: int, width: int, law: Law | None, config: TransformerConfig, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(
-            width, rows, config=config, init_method=no_first_values, bias=False, skip_bias_add=False, gather_output=False,
-            skip_weight_param_allocation=law is None, tp_group=groups.tp,
+            width, rows, config=config, init_method=no_first_values, bias=False, skip_bias_add=False,
+            gather_output=False, skip_weight_param_allocation=law is None, tp_group=groups.tp,
         )  # fmt: skip
         if law is not None:
             tag(self.weight, Blueprint((Section("weight", (rows, width), law),), partition=0))
