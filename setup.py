@@ -41,7 +41,8 @@ EXTRAS = {
     "bench": ["transformers>=5,<6"],  # and torchscale without what it declares: benchmarks/README.md
 }
 EXTRAS["dev"] = [
-    *(one for name in ("mpi", "parquet", "zstd", "sentencepiece", "remote", "plot") for one in EXTRAS[name]),
+    *(EXTRAS["deepspeed"] + EXTRAS["mpi"] + EXTRAS["parquet"] + EXTRAS["zstd"]),
+    *(EXTRAS["sentencepiece"] + EXTRAS["remote"] + EXTRAS["plot"]),
     "hypothesis>=6",
     "cryptography>=42",  # certificates of a web server on this machine
     "moto[server]>=5",  # an S3 store on this machine

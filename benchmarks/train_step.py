@@ -30,6 +30,7 @@ from trine.data_pipeline.opening import read_prepared
 from trine.data_pipeline.preparation.prepare import prepare
 from trine.models.build import build_chunks
 from trine.parallel.engine import Engine
+from trine.parallel.engines import make_engine
 from trine.parallel.topology import Topology, build_topology, join, leave, leave_topology
 from trine.pretrain.parity import batch_of_step
 from trine.pretrain.place import Place
@@ -95,7 +96,7 @@ def one_process() -> Iterator[Callable[[Config], Topology]]:
 
 def engine_of(config: Config, topology: Topology) -> Engine:
     """Model, optimizer and schedule, as a run builds them."""
-    return Engine(build_chunks(config, topology), config, topology)
+    return make_engine(build_chunks(config, topology), config, topology)
 
 
 def engine_step(engine: Engine) -> Job:

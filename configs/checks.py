@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from .data_checks import check_data, check_ramps
 from .division_checks import check_pipeline, check_tensor
+from .engine_checks import check_engine
 from .errors import UsageError
 from .fp8_checks import check_fp8
 from .remedies import nearest_multiples
@@ -47,6 +48,7 @@ def check_config(config: Config) -> None:
     _check_schedule(config.train, config.optimizer)
     check_watch(config.watch, config.checkpoint)
     check_fp8(config)
+    check_engine(config)
     _check_places(config)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import UsageError
-from .schema import Config, Parallel
+from .schema import Config, DeepSpeed, Parallel, ZeroOptimization
 from .validation import nearest
 
 _SIZES = {
@@ -16,8 +16,12 @@ _SIZES = {
     "vpp": "parallel.virtual_pipeline",
     "cp": "parallel.context",
     "dp": "data",
+    "zero": "deepspeed.zero_optimization.stage",
 }
 """What the number of each numbered part sets."""
+
+_STAGES = 3
+"""The highest of ZeRO's stages, which begin at 0; sizes begin at 1 and have no end."""
 
 _CHOICES: dict[str, tuple[str, Any]] = {
     "sp": ("parallel.sequence", True),
@@ -25,6 +29,7 @@ _CHOICES: dict[str, tuple[str, Any]] = {
     "even": ("parallel.pipeline_split", "even"),
     "selective": ("train.recompute", "selective"),
     "recompute": ("train.recompute", "full"),
+    "offload": ("deepspeed.zero_optimization.offload_optimizer", {"device": "cpu"}),
 }
 """What each part without a number sets, and to which value."""
 
@@ -44,6 +49,8 @@ class NamedLayout:
     """The keys of the section ``parallel`` that the name sets, and no others."""
     train: dict[str, Any]
     """The keys of the section ``train`` that the name sets, and no others."""
+    zero: dict[str, Any]
+    """The keys of ``deepspeed.zero_optimization`` that the name sets; with none Megatron-Core's engine trains."""
 
 
 def parse_layout(name: str) -> NamedLayout:
@@ -51,16 +58,17 @@ def parse_layout(name: str) -> NamedLayout:
 
     ``tpN``, ``ppN``, ``vppN``, ``cpN``, ``dpN``: N tensor ranks, pipeline stages, chunks per stage, context ranks,
     data ranks. ``sp``: sequence parallelism. ``a2a``: context ranks exchange tokens for heads. ``even``: as many
-    layers in each chunk. ``selective``, ``recompute``: ``train.recompute`` is ``selective`` or ``full``.
+    layers in each chunk. ``selective``, ``recompute``: ``train.recompute`` is ``selective`` or ``full``. ``zeroN``:
+    DeepSpeed's ZeRO at stage N. ``offload``: its optimizer in host memory.
 
     Whether a model can be divided so is asked of ``check_layout``. Raises UsageError with one sentence for a part
     that is unknown, that says again what another says, that says nothing, or whose number is below 1.
     """
     name = name.strip()
     settings = _settings(name)
-    for part, needed, size in (("a2a", "parallel.context", "cpN"), ("even", "parallel.pipeline", "ppN")):
-        if _CHOICES[part][0] in settings and settings.get(needed, 1) == 1:
-            raise UsageError(f"layout {name!r} has the part {part}, which says nothing without {size}: add it")
+    for part, needed, idle in (("a2a", "cp", 1), ("even", "pp", 1), ("offload", "zero", None)):
+        if _CHOICES[part][0] in settings and settings.get(_SIZES[needed]) in (None, idle):
+            raise UsageError(f"layout {name!r} has the part {part}, which says nothing without {needed}N: add it")
     parallel, data = _section(settings, "parallel"), settings.get("data", 1)
     return NamedLayout(
         name=name,
@@ -68,6 +76,7 @@ def parse_layout(name: str) -> NamedLayout:
         data=data,
         parallel=parallel,
         train=_section(settings, "train"),
+        zero=_section(settings, "deepspeed.zero_optimization"),
     )
 
 
@@ -79,7 +88,9 @@ def parse_layouts(names: str) -> tuple[NamedLayout, ...]:
 def under_layout(config: Config, layout: NamedLayout) -> Config:
     """A copy of ``config`` with its whole layout replaced: what ``layout`` does not set takes its default."""
     train = config.train.model_copy(update={"recompute": "none"} | layout.train)
-    return config.model_copy(update={"parallel": Parallel(**layout.parallel), "train": train})
+    zero = DeepSpeed(zero_optimization=ZeroOptimization(**layout.zero)) if layout.zero else None
+    engine = {"engine": "deepspeed" if zero else "megatron", "deepspeed": zero}
+    return config.model_copy(update={"parallel": Parallel(**layout.parallel), "train": train, **engine})
 
 
 def _settings(name: str) -> dict[str, Any]:
@@ -101,9 +112,16 @@ def _setting(part: str, name: str) -> tuple[str, Any]:
     numbered = re.fullmatch(r"([a-z]+)(-?[0-9]+)", part)
     if numbered is None or numbered[1] not in _SIZES:
         raise _unknown_part(part, name)
-    if int(numbered[2]) < 1:
-        raise UsageError(f"layout {name!r} has the part {part}, which must be {numbered[1]}1 or more")
-    return _SIZES[numbered[1]], int(numbered[2])
+    size, least = int(numbered[2]), _least(numbered[1])
+    if size < least:
+        raise UsageError(f"layout {name!r} has the part {part}, which must be {numbered[1]}{least} or more")
+    if numbered[1] == "zero" and size > _STAGES:
+        raise UsageError(f"layout {name!r} has the part {part}, which must be zero{_STAGES} or less")
+    return _SIZES[numbered[1]], size
+
+
+def _least(kind: str) -> int:
+    return 0 if kind == "zero" else 1
 
 
 def _unknown_part(part: str, name: str) -> UsageError:

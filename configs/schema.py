@@ -280,6 +280,51 @@ class Watch(Section):
     """A rank whose own work takes this many times the median is named."""
 
 
+class Offload(Section):
+    """Where DeepSpeed keeps what a rank owns."""
+
+    device: Literal["none", "cpu"] = "none"
+    pin_memory: bool = False
+    """Whether that memory is locked, so that GPUs copy from it faster."""
+
+
+class ZeroOptimization(Section):
+    """DeepSpeed's ``zero_optimization``, under its own names; what is left out takes DeepSpeed's default."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What is divided over data and context ranks: nothing (0), the optimizer's state (1), gradients, too (2), and
+    parameters, too (3)."""
+    offload_optimizer: Offload | None = None
+    """Optimizer state, and its update, in host memory. From stage 1 on."""
+    offload_param: Offload | None = None
+    """Parameters in host memory between uses. At stage 3."""
+    overlap_comm: bool | None = None
+    contiguous_gradients: bool | None = None
+    reduce_scatter: bool | None = None
+    reduce_bucket_size: PositiveInt | None = None
+    allgather_partitions: bool | None = None
+    allgather_bucket_size: PositiveInt | None = None
+    round_robin_gradients: bool | None = None
+    sub_group_size: PositiveInt | None = None
+    stage3_max_live_parameters: PositiveInt | None = None
+    stage3_max_reuse_distance: PositiveInt | None = None
+    stage3_prefetch_bucket_size: NonNegativeInt | None = None
+    stage3_param_persistence_threshold: NonNegativeInt | None = None
+    stage3_model_persistence_threshold: NonNegativeInt | None = None
+
+
+class DeepSpeed(Section):
+    """What DeepSpeed's own configuration adds to this one, under its own names."""
+
+    zero_optimization: ZeroOptimization = ZeroOptimization()
+    communication_data_type: Literal["fp32", "bf16"] | None = None
+    """Type in which gradients are summed over ranks; by default fp32."""
+    wall_clock_breakdown: bool = False
+    """Log how long the parts of a step take."""
+    memory_breakdown: bool = False
+    """Log how much memory each part of a step leaves in use."""
+
+
 class Run(Section):
     """Where the run writes."""
 
@@ -290,6 +335,11 @@ class Config(Section):
     """A whole run."""
 
     model: Model
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """Who divides the optimizer: Megatron-Core, in every layout; or DeepSpeed's ZeRO without pipeline stages, which can
+    divide gradients and parameters, too, and keep them in host memory."""
+    deepspeed: DeepSpeed | None = None
+    """Settings of ``engine: deepspeed``."""
     parallel: Parallel = Parallel()
     train: Train
     optimizer: Optimizer = Optimizer()
@@ -300,6 +350,11 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     watch: Watch = Watch()
     run: Run
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO's stage, of a run by DeepSpeed."""
+        return (self.deepspeed or DeepSpeed()).zero_optimization.stage
 
     @property
     def checkpoint_directory(self) -> Path:

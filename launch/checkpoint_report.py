@@ -100,7 +100,7 @@ def _schedule(contents: Contents) -> str:
 
 
 def _rate(contents: Contents) -> float | None:
-    return contents.state.at("optimizer", 0, "optimizer", "param_groups", 0, "lr").number
+    return contents.state.at("learning_rate").number
 
 
 def _watch(watch: Document) -> str:

@@ -17,6 +17,7 @@ from ..configs.parameters import count_parameters
 from ..configs.schema import Config
 from ..configs.stack import SharedKVSegment
 from ..kernels.cross_entropy import CHUNK_ON_CPU
+from ..parallel.deepspeed_start import check_deepspeed
 from ..pretrain.parity import StepsOfRank, parity_config
 from ..pretrain.parity_comparison import Comparison, compare
 from .machine import usable_memory
@@ -29,9 +30,11 @@ REFERENCE = parse_layout("tp1")
 
 STANDARD = parse_layouts(
     "tp2,tp2+sp,tp4+sp,pp2,pp4,pp2+vpp2,cp2,cp2+a2a,cp4,dp2,tp2+sp+selective,pp2+recompute,tp2+sp+pp2,tp2+cp2,"
-    "pp2+cp2,cp2+dp2,tp2+pp2+dp2,tp2+sp+pp2+cp2"
+    "pp2+cp2,cp2+dp2,tp2+pp2+dp2,tp2+sp+pp2+cp2,"
+    "dp2+zero1,dp2+zero2,dp2+zero3,tp2+sp+dp2+zero1,tp2+sp+dp2+zero2,tp2+sp+dp2+zero3"
 )
-"""Each way of dividing a model alone, then those that meet in large runs together, on up to 8 ranks."""
+"""Each way of dividing a model alone, then those that meet in large runs together, then DeepSpeed's ZeRO, on up to 8
+ranks."""
 
 BYTES_PER_PARAMETER = 16
 """Parameter, gradient and two moments of AdamW in fp32."""
@@ -120,6 +123,7 @@ def run_plan(
 def _check(config: Config, layout: NamedLayout, gpus: int) -> None:
     trained = under_layout(parity_config(config, [layout], steps=1), layout)
     check_layout(trained, layout.world_size)
+    check_deepspeed(trained)
     if gpus:
         _check_gpus(layout, gpus)
     else:

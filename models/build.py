@@ -8,7 +8,7 @@ from ..kernels.dispatch import check as check_backend
 from ..parallel.context import ContextParallel, SequenceShare
 from ..parallel.engine_config import engine_config
 from ..parallel.fp8_checks import check_fp8_machine
-from ..parallel.parameters import initialise
+from ..parallel.parameters import blueprint_of, initialise
 from ..parallel.pipeline import stages_of
 from ..parallel.topology import Topology
 from .language_model import LanguageModel
@@ -51,4 +51,8 @@ def share_of(config: Config, topology: Topology) -> SequenceShare:
 
 def local_parameters(chunks: list[LanguageModel]) -> int:
     """Elements of parameters held by this rank."""
-    return sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    return sum(
+        sum(blueprint_of(parameter).local_elements(chunk.site.groups.tp.size()))
+        for chunk in chunks
+        for parameter in chunk.parameters()
+    )

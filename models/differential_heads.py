@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.differential import differential_attention
 from ..kernels.norm import HeadNorm
+from ..kernels.precision import accumulation_dtype
 from ..parallel.parameters import ONES, Law, replicated
 from ..parallel.regions import in_head_region
 from .over_context import SoftmaxCore
@@ -44,7 +45,7 @@ class DifferentialHeads(nn.Module):
     def current_lambda(self) -> Tensor:
         """lambda of this layer, a scalar in fp32 (fp64 if the vectors are)."""
         vectors = (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
-        q1, k1, q2, k2 = (in_head_region(v, self.groups) for v in vectors)
+        q1, k1, q2, k2 = (in_head_region(v, self.groups).to(accumulation_dtype(v)) for v in vectors)
         return torch.exp(q1 @ k1) - torch.exp(q2 @ k2) + self.lambda_init
 
     def core(self) -> SoftmaxCore:

@@ -15,6 +15,7 @@ from ..parallel.linear import Embedding, OutputLayer
 from ..parallel.parameters import Law, linear_default
 from ..parallel.pipeline import Stage, pack, unpack
 from .decoder import Decoder
+from .differential_heads import DifferentialHeads
 from .flops import head_flops, layer_flops
 from .norm import RMSNorm
 from .sequences import Sequences
@@ -117,14 +118,10 @@ class LanguageModel(MegatronModule):  # type: ignore[misc]
         name = re.sub(r"^decoder\.layers\.(\d+)\.", self._global_layer, name)
         return name.removeprefix("decoder.").replace("tied.weight", "embedding.weight")
 
-    def lambdas(self) -> dict[int, float]:
-        """lambda of every differential layer of this stage, by global layer index."""
-        found: dict[int, float] = {}
-        for block in self.decoder.blocks():
-            heads = getattr(block.mixer, "differential", None)
-            if heads is not None:
-                found[block.index] = heads.current_lambda().item()
-        return found
+    def differential_layers(self) -> dict[int, DifferentialHeads]:
+        """The layers of this stage that have a lambda, by global layer index."""
+        found = {block.index: getattr(block.mixer, "differential", None) for block in self.decoder.blocks()}
+        return {layer: heads for layer, heads in found.items() if heads is not None}
 
     def _global_layer(self, match: re.Match[str]) -> str:
         return f"layers.{int(match[1]) + self.stage.first}."

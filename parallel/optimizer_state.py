@@ -6,46 +6,27 @@ whole state and a pause of the training. Here each rank describes what it owns a
 (``shards.py``): nothing is gathered, all ranks write, and every layout can read. (Its ``fully_reshardable`` also cuts
 parameters at offsets with padding out of buffers without, once there are several buckets.)
 
-Without Transformer Engine or apex the optimizer wraps torch's Adam, which keeps a step count per parameter where the
-fused ones keep one per group. Megatron-Core then (1) cannot describe its state before the first step, nor on a rank
-that owns no element of any parameter, and (2) gives all parameters the *same* step tensor on loading, so that every
-step counts as many as there are parameters and the bias correction after a resume is silently wrong.
+Beside these pieces a checkpoint needs the number of updates alone. The fused Adams of Transformer Engine and apex keep
+it per group and torch's per parameter, which Megatron-Core's own loading mistakes: it gives all parameters the *same*
+step tensor, so that every step counts as many as there are parameters and the bias correction is silently wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import megatron.core.optimizer as engine_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
-from torch import Tensor, nn
+from torch import Tensor
 
-STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
-"""The fp32 master copy of a parameter, and Adam's moments."""
-
-
-@dataclass(frozen=True)
-class Owned:
-    """The part of a parameter whose optimizer state this rank keeps."""
-
-    parameter: nn.Parameter
-    start: int
-    """The first element, of the parameter as it lies flat in this rank's memory."""
-    state: dict[str, Tensor]
-    """By ``STATE_KEYS``: flat, fp32, the live memory."""
-
-    @property
-    def stop(self) -> int:
-        """One past the last element."""
-        return self.start + self.state["param"].numel()
+from .engine import STATE_KEYS, Owned
 
 
 class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[misc]
-    """Tells what it owns."""
+    """Tells what it owns, and how often it has updated it."""
 
     def owned(self) -> Iterator[Owned]:
         """Every part of a parameter that this rank owns, also before the first update has made its state."""
@@ -58,6 +39,15 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
                         state = {key: tensors[key].detach() for key in STATE_KEYS}
                         yield Owned(parameter, ranges["param"].start, state)
 
+    @property
+    def updates(self) -> int:
+        """Updates done, by which Adam corrects its moments: of a rank that owns anything, those of the run."""
+        return int(self.optimizer.param_groups[0].get("step", 0))
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["step"] = count
 
     def _fill_state(self) -> None:
         for group in self.optimizer.param_groups:
@@ -70,37 +60,26 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
 
 
 class TorchAdamOptimizer(OwningOptimizer):
-    """Keeps one step count in the groups of a state dict and one per parameter in memory.
+    """Keeps a step count per parameter.
 
     Updates in one pass (torch's fused AdamW), which the factory does not ask for: on a CPU the default makes ten.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._update_in_one_pass()
-
-    def _update_in_one_pass(self) -> None:
         for group in self.optimizer.param_groups:
             group.update(fused=True, foreach=False)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the parameters' own state."""
-        self._fill_state()
-        inner = self.optimizer.state_dict()
-        step = next((float(s["step"]) for s in inner["state"].values()), 0.0)
-        groups = [
-            {k: v for k, v in group.items() if k != "params"} | {"step": step} for group in inner["param_groups"]
-        ]
-        return {"optimizer": {"param_groups": groups}}
+    @property
+    def updates(self) -> int:
+        """As the base class says."""
+        return next((int(state["step"]) for state in self.optimizer.state.values()), 0)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, and give every parameter a step count of its own."""
+    @updates.setter
+    def updates(self, count: int) -> None:
         self._fill_state()
-        super().load_state_dict(state_dict)
-        self._update_in_one_pass()
-        step = float(state_dict["optimizer"]["param_groups"][0]["step"])
-        for parameter, state in self.optimizer.state.items():
-            state["step"] = torch.full((), step, device=parameter.device)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(count)
 
     def _first_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"step": torch.zeros((), device=parameter.device), **super()._first_state(parameter)}

@@ -72,6 +72,11 @@ class Blueprint:
         cut = tensor_size if self.partition == 0 else 1
         return [section.shape[0] // cut for section in self.sections]
 
+    def local_elements(self, tensor_size: int) -> list[int]:
+        """Elements of each section on one tensor rank."""
+        cut = 1 if self.partition is None else tensor_size
+        return [math.prod(section.shape) // cut for section in self.sections]
+
 
 def tag(parameter: nn.Parameter, blueprint: Blueprint) -> nn.Parameter:
     """Attach the blueprint, and the attributes by which Megatron-Core counts a parameter once over tensor ranks."""

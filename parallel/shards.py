@@ -6,14 +6,14 @@ layout that wrote it. The same holds for the optimizer's state of it, of which e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
-from .engine import Engine
-from .optimizer_state import Owned
+from .engine import Engine, Owned
 from .parameters import Blueprint, blueprint_of, global_names, section_name
 from .pieces import rectangles
 
@@ -25,39 +25,22 @@ def sharded_state(engine: Engine) -> dict[str, Any]:
 
 def sharded_optimizer(engine: Engine) -> dict[str, ShardedTensor]:
     """The pieces of optimizer state that this rank owns."""
-    prefixes = {p: prefix for chunk in engine.chunks for prefix, p in global_names(chunk, chunk.global_name)}
     return {
         f"{shard.key}@{shard.global_offset}": shard
-        for optimizer in engine.optimizers()
-        for owned in optimizer.owned()
-        for shard in _owned_shards(prefixes[owned.parameter], owned, engine)
+        for prefix, owned in _named(engine)
+        for key, flat in owned.state.items()
+        for shard in _pieces(f"optimizer.state.{key}.{prefix}", owned, flat, engine)
     }
 
 
-def _owned_shards(prefix: str, owned: Owned, engine: Engine) -> list[ShardedTensor]:
-    topology = engine.topology
-    pieces = rectangles(
-        blueprint_of(owned.parameter), owned.start, owned.stop, topology.tensor_rank, topology.layout.tensor
-    )
-    replica = _replica(owned.parameter, engine)
-    return [
-        ShardedTensor(
-            key=f"optimizer.state.{key}.{section_name(prefix, piece.section)}",
-            data=flat[piece.start - owned.start :][: piece.elements].view(piece.shape),
-            dtype=flat.dtype,
-            local_shape=piece.shape,
-            global_shape=piece.section.shape,
-            global_offset=piece.offset,
-            axis_fragmentations=None,  # an irregular grid
-            replica_id=(*replica, 0),  # the data ranks own different elements
-        )
-        for piece in pieces
-        for key, flat in owned.state.items()
-    ]
-
-
 def sharded_parameters(engine: Engine) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """The parameters of this rank's chunks by global name."""
+    """The parameters of this rank's chunks by global name, or the pieces of them that it holds."""
+    if engine.divides_parameters:
+        return {
+            f"{shard.key}@{shard.global_offset}": shard
+            for prefix, owned in _named(engine)
+            for shard in _pieces(prefix, owned, _saved_weight(engine, owned), engine)
+        }
     return {
         _entry(prefix, parameter): _shard(prefix, parameter, engine)
         for chunk in engine.chunks
@@ -65,12 +48,47 @@ def sharded_parameters(engine: Engine) -> dict[str, ShardedTensor | ShardedTenso
     }
 
 
-@torch.no_grad()
-def load_parameters(engine: Engine, loaded: dict[str, Tensor]) -> None:
-    """Copy what a checkpoint gave for ``sharded_parameters`` into the model."""
-    for chunk in engine.chunks:
-        for prefix, parameter in global_names(chunk, chunk.global_name):
-            parameter.copy_(loaded[_entry(prefix, parameter)])
+def loaded_parameters(engine: Engine, loaded: dict[str, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """What a checkpoint gave for ``sharded_parameters``, where these are whole, for the parameters themselves."""
+    if engine.divides_parameters:
+        return {}
+    return {
+        parameter: loaded[_entry(prefix, parameter)]
+        for chunk in engine.chunks
+        for prefix, parameter in global_names(chunk, chunk.global_name)
+    }
+
+
+def _saved_weight(engine: Engine, owned: Owned) -> Tensor:
+    """Vectors are in fp32 in every checkpoint, whatever the engine computes with."""
+    return engine.weight_of(owned) if owned.parameter.dim() > 1 else owned.state["param"]
+
+
+def _named(engine: Engine) -> Iterator[tuple[str, Owned]]:
+    """What this rank owns, with the global name of its parameter."""
+    prefixes = {p: prefix for chunk in engine.chunks for prefix, p in global_names(chunk, chunk.global_name)}
+    for owned in engine.owned():
+        yield prefixes[owned.parameter], owned
+
+
+def _pieces(prefix: str, owned: Owned, flat: Tensor, engine: Engine) -> Iterator[ShardedTensor]:
+    """``flat``, which has the elements of ``owned``, as rectangles of global tensors."""
+    topology = engine.topology
+    pieces = rectangles(
+        blueprint_of(owned.parameter), owned.start, owned.stop, topology.tensor_rank, topology.layout.tensor
+    )
+    replica = _replica(owned.parameter, engine)
+    for piece in pieces:
+        yield ShardedTensor(
+            key=section_name(prefix, piece.section),
+            data=flat[piece.start - owned.start :][: piece.elements].view(piece.shape),
+            dtype=flat.dtype,
+            local_shape=piece.shape,
+            global_shape=piece.section.shape,
+            global_offset=piece.offset,
+            axis_fragmentations=None,  # an irregular grid
+            replica_id=(*replica, owned.copy),
+        )
 
 
 def _entry(prefix: str, parameter: nn.Parameter) -> str:

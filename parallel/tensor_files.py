@@ -5,8 +5,8 @@ Planning, format and resharding are Megatron-Core's. Three things are not:
 - The files are written by a thread. Megatron-Core forks a process or keeps one, which costs a fork of the rank per
   save or seconds of imports at the first, and leaves processes behind when a rank is killed; torch's own asynchronous
   saving uses a thread, too. Writing and hashing spend their time outside the interpreter's lock.
-- What is not a tensor (learning rates, step counts) is handed back as plain values instead of being pickled into
-  ``common.pt``, so that ``.metadata`` is the only file that must be unpickled, by torch, when a checkpoint is read.
+- Megatron-Core pickles what is not a tensor (learning rates, step counts) into ``common.pt``. Here it is for the caller
+  to write as text, so that ``.metadata`` is the only file that must be unpickled, by torch, when a checkpoint is read.
 - No rank writes while the others depend on it in a collective: a full disk is an outcome that ranks can share.
 """
 
@@ -34,7 +34,7 @@ from ..configs.errors import RunError
 from .agreement import done_by_first_rank
 from .engine import Engine
 from .index_classes import check_index
-from .shards import load_parameters, sharded_state
+from .shards import loaded_parameters, sharded_state
 
 _FILES_PER_RANK = 2
 
@@ -82,16 +82,13 @@ class TensorWriter:
         sharded, _ = save_preprocess(sharded_state(engine), validate_access_integrity=not self._validated)
         self._validated = True  # every save has the shards of the first
         writer, index = self._strategy.async_save(sharded, folder)
-        plain = [optimizer.state_dict() for optimizer in engine.optimizers()]
-        return PendingTensors(_copied(writer.write_buckets, _live(engine)), writer, index, plain)
+        return PendingTensors(_copied(writer.write_buckets, _live(engine)), writer, index)
 
 
 class PendingTensors:
     """Tensors on their way to the disk."""
 
-    def __init__(self, buckets: list[Any], writer: Any, index: Any, plain: list[dict[str, Any]]) -> None:
-        self.plain = plain
-        """What the optimizers know that is no tensor, as JSON; equal on every rank."""
+    def __init__(self, buckets: list[Any], writer: Any, index: Any) -> None:
         self._writer, self._index = writer, index
         self._outcome: Written | None = None
         self._thread = threading.Thread(target=self._write, args=(buckets,), name="checkpoint")
@@ -144,26 +141,21 @@ def described(path: Path) -> WrittenFile:
     return WrittenFile(path.name, path.stat().st_size, digest)
 
 
-def load_tensors(folder: Path, engine: Engine, plain: list[dict[str, Any]]) -> None:
+def load_tensors(folder: Path, engine: Engine) -> None:
     """Load model and optimizer from a folder whose files have been verified. Every rank must call it.
-
-    Args:
-        plain: what ``PendingTensors.plain`` was.
 
     Raises:
         RunError: the files hold another model, or their index is none.
     """
-    for optimizer, own in zip(engine.optimizers(), plain, strict=True):
-        optimizer.load_state_dict(own)
     done_by_first_rank(lambda: check_index(folder / ".metadata"))
-    # The optimizer's pieces are its live memory, into which they are read; the model's are joined from sections.
+    # What is owned is live memory, into which it is read; whole parameters are joined from sections.
     sharded, _, factories = load_preprocess(sharded_state(engine))
     sharded, _ = extract_sharded_base(sharded)
     try:
         loaded = TorchDistLoadShardedStrategy().load(sharded, folder)
     except _ENGINE_ERRORS as error:
         raise RunError(f"checkpoint {folder} does not hold this model: {_last_line(error)}") from error
-    load_parameters(engine, mapping.apply_factory_merges(loaded, factories)["model"])
+    engine.take_loaded(loaded_parameters(engine, mapping.apply_factory_merges(loaded, factories)["model"]))
 
 
 class _PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
@@ -177,8 +169,8 @@ class _PlanningStrategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 def _live(engine: Engine) -> set[int]:
     """Addresses of the memory that training changes."""
     parameters = (p for chunk in engine.chunks for p in chunk.parameters())
-    states = (t for optimizer in engine.optimizers() for owned in optimizer.owned() for t in owned.state.values())
-    return {tensor.untyped_storage().data_ptr() for tensor in (*parameters, *states)}
+    owned = (t for one in engine.owned() for t in (engine.weight_of(one), *one.state.values()))
+    return {tensor.untyped_storage().data_ptr() for tensor in (*parameters, *owned)}
 
 
 def _copied(buckets: list[Any], live: set[int]) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 
 from .. import __version__
 from ..configs.ramps import full_shape, shapes_of
-from ..configs.schema import Config
+from ..configs.schema import Config, DeepSpeed
 from ..configs.sequence_checks import ExchangingSegment
 from ..configs.stack import SharedKVSegment, context_order
 from ..kernels.dispatch import explain
@@ -30,7 +30,7 @@ def banner(
     """
     start = f"resuming from {resumed_from}" if resumed_from else "from the first step"
     rows = {
-        "engine": f"torch {torch.__version__}, megatron-core {version('megatron-core')}; {_origin(place)}",
+        "engine": f"torch {torch.__version__}, {_engine(config)}; {_origin(place)}",
         "device": _device(topology.device),
         "model": f"{_stack(config)}; hidden {config.model.hidden_size}, vocabulary {config.model.vocabulary_size}",
         "layout": _layout(topology, config),
@@ -48,6 +48,11 @@ def banner(
     }
     lines = [f"trine {__version__}"] + [f"  {name:<12}{text}" for name, text in rows.items()]
     return "\n".join(lines)
+
+
+def _engine(config: Config) -> str:
+    core = f"megatron-core {version('megatron-core')}"
+    return f"{core}, DeepSpeed {version('deepspeed')}" if config.engine == "deepspeed" else core
 
 
 def _origin(place: Place) -> str:
@@ -137,9 +142,19 @@ def _documents(config: Config) -> str:
 def _optimizer(config: Config) -> str:
     o = config.optimizer
     return (
-        f"AdamW (distributed), lr {o.learning_rate:g} {o.schedule}, {o.warmup_steps} warm-up steps, "
+        f"AdamW ({_division(config)}), lr {o.learning_rate:g} {o.schedule}, {o.warmup_steps} warm-up steps, "
         f"betas {o.betas[0]:g} {o.betas[1]:g}, weight decay {o.weight_decay:g}, clip {o.clip_grad:g}"
     )
+
+
+def _division(config: Config) -> str:
+    if config.engine == "megatron":
+        return "distributed"
+    zero = (config.deepspeed or DeepSpeed()).zero_optimization
+    divided = {0: "nothing divided", 1: "state divided", 2: "state and gradients divided", 3: "all divided"}
+    offloads = {"optimizer": zero.offload_optimizer, "parameters": zero.offload_param}
+    in_host = " and ".join(name for name, offload in offloads.items() if offload and offload.device == "cpu")
+    return f"ZeRO stage {zero.stage}: {divided[zero.stage]}" + (f"; {in_host} in host memory" if in_host else "")
 
 
 def _batch(config: Config, topology: Topology) -> str:

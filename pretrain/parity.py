@@ -15,6 +15,7 @@ from ..configs.layouts import NamedLayout
 from ..configs.schema import Config, Optimizer, Precision
 from ..models.build import build_chunks
 from ..parallel.engine import Engine
+from ..parallel.engines import make_engine
 from ..parallel.microbatch import Microbatch
 from ..parallel.topology import build_topology, local_device
 from .parity_pieces import Piece, pieces_of
@@ -91,7 +92,7 @@ def joined_engine(rank: int, world_size: int, config: Config) -> Iterator[Engine
     Raises UsageError where the layout does not fit the ranks.
     """
     topology = build_topology(check_layout(config, world_size), local_device(rank))
-    engine = Engine(build_chunks(config, topology), config, topology)
+    engine = make_engine(build_chunks(config, topology), config, topology)
     try:
         yield engine
     finally:
@@ -101,7 +102,7 @@ def joined_engine(rank: int, world_size: int, config: Config) -> Iterator[Engine
 def take_steps(engine: Engine, steps: int, first_step: int = 0) -> StepsOfRank:
     """Train steps ``first_step`` .. ``first_step + steps - 1`` on synthetic tokens and say everything about them."""
     engine.compute_gradients(batch_of_step(engine, first_step))
-    gradients = pieces_of(engine, lambda parameter: parameter.main_grad)
+    gradients = pieces_of(engine, engine.gradient_of)
     results = [engine.train_step(batch_of_step(engine, first_step + step)) for step in range(steps)]
     return {
         "losses": [result.loss for result in results],
@@ -109,7 +110,7 @@ def take_steps(engine: Engine, steps: int, first_step: int = 0) -> StepsOfRank:
         "learning_rates": [result.learning_rate for result in results],
         "evaluation": engine.evaluate(batch_of_step(engine, 0), engine.topology.layout.num_microbatches),
         "gradients": gradients,
-        "parameters": pieces_of(engine, lambda parameter: parameter.data),
+        "parameters": pieces_of(engine, engine.weight_of),
     }
 
 

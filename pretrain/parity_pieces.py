@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configs.errors import RunError
-from ..parallel.engine import Engine
+from ..parallel.engine import Engine, Owned
 from ..parallel.parameters import blueprint_of, global_names, section_name
 
 Piece = tuple[str, tuple[int, ...], int | None, int, int, Tensor]
@@ -17,19 +17,19 @@ Piece = tuple[str, tuple[int, ...], int | None, int, int, Tensor]
 or None, tensor rank, first element, flat fp32 values). The first element counts within the tensor rank's part."""
 
 
-def pieces_of(engine: Engine, values_of: Callable[[Any], Tensor]) -> list[Piece]:
+def pieces_of(engine: Engine, values_of: Callable[[Owned], Tensor]) -> list[Piece]:
     """This rank's pieces of one tensor for each parameter, such as its gradient: ``values_of`` finds it.
 
-    The distributed optimizer reduces each gradient to the rank, among those that hold the same parameters, that owns
-    a range of it: over data and context ranks. So a rank answers for its own range of the flattened parameter alone.
-    The last stage's copy of tied embeddings is left out: it has no name of its own.
+    Gradients are reduced to the rank, among those that hold the same parameters, that owns them: over data and context
+    ranks. So a rank answers for what it owns alone. The last stage's copy of tied embeddings is left out: it has no
+    name of its own.
     """
+    prefixes = {p: prefix for chunk in engine.chunks for prefix, p in global_names(chunk, chunk.global_name)}
     return [
         piece
-        for chunk in engine.chunks
-        for prefix, parameter in global_names(chunk, chunk.global_name)
-        if not getattr(parameter, "shared", False)
-        for piece in _pieces(engine, prefix, parameter, values_of(parameter))
+        for owned in engine.owned()
+        if not getattr(owned.parameter, "shared", False)
+        for piece in _pieces(engine, prefixes[owned.parameter], owned, values_of(owned))
     ]
 
 
@@ -56,28 +56,17 @@ def all_versions(pieces_by_rank: Sequence[Sequence[Piece]]) -> dict[str, list[Te
     return {name: _join(name, parts[name], *kinds[name]) for name in parts}
 
 
-def _pieces(engine: Engine, prefix: str, parameter: nn.Parameter, tensor: Tensor) -> Iterator[Piece]:
-    blueprint, topology = blueprint_of(parameter), engine.topology
-    values = tensor.detach().float().flatten()
-    owned = _owned_range(engine, parameter)
+def _pieces(engine: Engine, prefix: str, owned: Owned, tensor: Tensor) -> Iterator[Piece]:
+    blueprint, topology = blueprint_of(owned.parameter), engine.topology
+    values = tensor.detach().float()
     offset = 0
-    for section, rows in zip(blueprint.sections, blueprint.local_rows(topology.layout.tensor), strict=True):
-        count = rows * (parameter.numel() // parameter.shape[0])
+    for section, count in zip(blueprint.sections, blueprint.local_elements(topology.layout.tensor), strict=True):
         start, stop = max(owned.start, offset), min(owned.stop, offset + count)
         if start < stop:
-            name, place = section_name(prefix, section), start - offset
-            yield name, section.shape, blueprint.partition, topology.tensor_rank, place, values[start:stop].clone()
+            part = values[start - owned.start : stop - owned.start].clone()
+            name = section_name(prefix, section)
+            yield name, section.shape, blueprint.partition, topology.tensor_rank, start - offset, part
         offset += count
-
-
-def _owned_range(engine: Engine, parameter: nn.Parameter) -> range:
-    """The elements of the flattened parameter whose reduced gradient and optimizer state this rank holds."""
-    optimizer: Any = engine.optimizer.chained_optimizers[0]
-    if parameter not in optimizer.model_param_gbuf_map:
-        return range(0)
-    buffer, dtype, bucket = optimizer.model_param_gbuf_map[parameter]
-    owned = optimizer.gbuf_ranges[buffer][dtype][bucket]["param_map"][parameter]["param"]
-    return range(owned.start, owned.end)
 
 
 def _join(name: str, parts: dict[int, dict[int, Tensor]], shape: tuple[int, ...], cut: int | None) -> list[Tensor]:

@@ -10,10 +10,10 @@ from typing import Any
 from ..configs.errors import RunError
 from ..configs.loading import dump_config
 from ..configs.ramps import StepShape, shapes_of
-from ..configs.schema import Config
 from ..data_pipeline.durable import write_durably
 from ..models.build import local_parameters
-from ..parallel.topology import Topology, sum_over_pipeline
+from ..parallel.engine import Engine
+from ..parallel.topology import sum_over_pipeline
 from .attempts import Attempts
 from .banner import banner
 from .checkpoints import folder
@@ -36,17 +36,17 @@ _ALL_STEPS = sys.maxsize
 class Reporter:
     """Everything that a run leaves behind beside checkpoints."""
 
-    def __init__(self, config: Config, topology: Topology, place: Place, chunks: list[Any], data: RunData) -> None:
-        self._config, self._topology, self._place = config, topology, place
-        self._chunks, self._data = chunks, data
-        self._writes = topology.rank == 0
+    def __init__(self, engine: Engine, place: Place, data: RunData) -> None:
+        self._config, self._topology, self._place = engine.config, engine.topology, place
+        self._engine, self._chunks, self._data = engine, engine.chunks, data
+        self._writes = engine.topology.rank == 0
         self._console: Console | None = None
         self._metrics: Metrics | None = None
         self._events: Journal | None = None
         self._attempts: Attempts | None = None
         self._validation_losses: list[float] = []
         self._first = Progress()
-        lengths = sorted({shape.sequence_length for shape in shapes_of(config.train)})
+        lengths = sorted({shape.sequence_length for shape in shapes_of(engine.config.train)})
         self._flops_per_token = {length: self._model_flops(length) for length in lengths}
 
     def open(self, progress: Progress, productive_s: float, resumed_from: Path | None) -> None:
@@ -234,6 +234,8 @@ class Reporter:
 
     def _lambdas(self) -> dict[int, float]:
         plans = self._chunks[0].plans
-        own = {layer: value for chunk in self._chunks for layer, value in chunk.lambdas().items()}
+        heads = {layer: one for chunk in self._chunks for layer, one in chunk.differential_layers().items()}
+        with self._engine.whole([vector for one in heads.values() for vector in one.parameters()]):
+            own = {layer: one.current_lambda().item() for layer, one in heads.items()}
         values = sum_over_pipeline(own, len(plans), self._topology)
         return {plan.index: values[plan.index] for plan in plans if plan.has_lambda}

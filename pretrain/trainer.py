@@ -17,7 +17,7 @@ from ..data_pipeline.opening import PreparedData
 from ..models.build import build_chunks
 from ..parallel.agreement import from_every_rank, largest
 from ..parallel.control_store import all_meet, connect
-from ..parallel.engine import Engine
+from ..parallel.engines import make_engine
 from ..parallel.microbatch import Microbatch
 from ..parallel.topology import Topology
 from .checkpoints.loading import Found
@@ -61,10 +61,9 @@ class Trainer:
         self.config, self.topology = config, topology
         self.pulse = pulse or Pulse()
         self.data = RunData(config, topology, prepared)
-        chunks = build_chunks(config, topology)
-        self.engine = Engine(chunks, config, topology)
+        self.engine = make_engine(build_chunks(config, topology), config, topology)
         self.lock = lock
-        self.reporter = Reporter(config, topology, place, chunks, self.data)
+        self.reporter = Reporter(self.engine, place, self.data)
         self.saver = Saver(config, self.engine, self.reporter.saved, lock.check if lock else lambda: None)
         self.judge = Judge(config.watch)
         self.shadow = ShadowCheck(config.precision.fp8, self.engine)
@@ -126,6 +125,11 @@ class Trainer:
             self.progress = Progress(**found.run["progress"])
         productive_s = float(found.run["productive_s"]) if found else 0.0
         self.reporter.open(self.progress, productive_s, found.path if found else None)
+        if found is not None and (engine := found.run["config"]["engine"]) != self.config.engine:
+            self.reporter.say(
+                f"{found.path.name} was saved with engine={engine}: engine={self.config.engine} goes on with its "
+                "weights, its optimizer state and its schedule"
+            )
         if not self.finished:
             self.data.open_records(self.step)
         self.pulse.step_done(self.step)

@@ -21,6 +21,7 @@ OPTIMIZER = "optimizer."
 
 _NO_ARRAYS = (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError, RuntimeError, EOFError)
 _HEADER_BYTES = 256
+_STAGE_UNLESS_SAID = 1
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,17 @@ class Contents:
             f"cp{sizes['context']}": sizes["context"] > 1,
             "a2a": sizes["context"] > 1 and parallel.at("context_exchange").text == "all_to_all",
             f"dp{(self.ranks or 0) // divided}": (self.ranks or 0) // divided > 1,
+            f"zero{self._zero_stage}": self._zero_stage is not None,
         }
         return "+".join(part for part, counts in parts.items() if counts) or "tp1"
+
+    @property
+    def _zero_stage(self) -> int | None:
+        """ZeRO's stage, of a run by DeepSpeed."""
+        if self.config.at("engine").text != "deepspeed":
+            return None
+        stage = self.config.at("deepspeed", "zero_optimization", "stage").integer
+        return _STAGE_UNLESS_SAID if stage is None else stage
 
     @cached_property
     def tensors(self) -> list[TensorEntry]:

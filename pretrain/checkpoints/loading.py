@@ -26,7 +26,7 @@ class Found:
 
     path: Path
     state: dict[str, Any]
-    """All of ``state.json``: ``step``, ``scheduler``, ``optimizer`` and the caller's ``run``."""
+    """All of ``state.json``: ``step``, ``scheduler``, ``updates`` and the caller's ``run``."""
 
     @property
     def run(self) -> dict[str, Any]:
@@ -63,7 +63,8 @@ def load(found: Found, engine: Engine) -> None:
     Raises:
         RunError: the checkpoint is of another model.
     """
-    load_tensors(found.path, engine, found.state["optimizer"])
+    load_tensors(found.path, engine)
+    engine.updates = found.state["updates"]
     engine.restore_schedule(found.state["scheduler"])
     engine.fp8.restore(found.state.get("fp8"))
     states = done_by_first_rank(lambda: RandomStates.read(found.path / RANDOM))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ...configs.errors import RunError
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST, STATE, TENSORS, RANDOM = "manifest.json", "state.json", "tensors.json", "random.npz"
 
 INDEX = ".metadata"

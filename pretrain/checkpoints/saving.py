@@ -88,7 +88,8 @@ class CheckpointWriter:
         whole = {
             "step": step,
             "scheduler": self._engine.scheduler.state_dict(),
-            "optimizer": tensors.plain,
+            "updates": self._engine.updates,
+            "learning_rate": self._engine.learning_rate,
             "fp8": self._engine.fp8.state(),
             "run": state,
         }

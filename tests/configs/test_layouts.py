@@ -26,7 +26,7 @@ FLAGS: dict[str, tuple[str, Any]] = {
     "even": ("pipeline_split", "even"),
 }
 RECOMPUTE = {"selective": "selective", "recompute": "full"}
-PARTS = "tpN, ppN, vppN, cpN, dpN, sp, a2a, even, selective, recompute"
+PARTS = "tpN, ppN, vppN, cpN, dpN, zeroN, sp, a2a, even, selective, recompute, offload"
 
 MISTAKES = {
     "tp2+foo": f"layout 'tp2+foo': 'foo' is not one of {PARTS}",
@@ -41,6 +41,8 @@ MISTAKES = {
     "dp-2": "layout 'dp-2' has the part dp-2, which must be dp1 or more",
     "tp2+tp4": "layout 'tp2+tp4' sets parallel.tensor by tp2 and again by tp4: keep one of them",
     "sp+tp2+sp": "layout 'sp+tp2+sp' sets parallel.sequence by sp and again by sp: keep one of them",
+    "zero-1": "layout 'zero-1' has the part zero-1, which must be zero0 or more",
+    "dp2+zero4": "layout 'dp2+zero4' has the part zero4, which must be zero3 or less",
     "dp2 + dp2": "layout 'dp2 + dp2' sets data by dp2 and again by dp2: keep one of them",
     "recompute+selective": "layout 'recompute+selective' sets train.recompute by recompute and again by selective: "
     "keep one of them",
@@ -56,7 +58,9 @@ def described_layouts(draw: st.DrawFn) -> tuple[list[str], NamedLayout]:
     needs = {"a2a": "cp", "even": "pp"}
     flags = [flag for flag in flags if flag not in needs or sizes.get(needs[flag], 1) > 1]
     ways = draw(st.lists(st.sampled_from(list(RECOMPUTE)), max_size=1))
-    parts = [*(f"{kind}{size}" for kind, size in sizes.items()), *flags, *ways] or ["tp1"]
+    stage = draw(st.none() | st.integers(0, 3))
+    zero = [] if stage is None else [f"zero{stage}"]
+    parts = [*(f"{kind}{size}" for kind, size in sizes.items()), *flags, *ways, *zero] or ["tp1"]
     parallel = {SIZES[kind]: size for kind, size in sizes.items() if kind in SIZES}
     parallel |= dict(FLAGS[flag] for flag in flags)
     layout = NamedLayout(
@@ -65,6 +69,7 @@ def described_layouts(draw: st.DrawFn) -> tuple[list[str], NamedLayout]:
         data=sizes.get("dp", 1),
         parallel={"tensor": 1} if parts == ["tp1"] else parallel,
         train={"recompute": RECOMPUTE[ways[0]]} if ways else {},
+        zero={} if stage is None else {"stage": stage},
     )
     return draw(st.permutations(parts)), layout
 
@@ -78,14 +83,14 @@ def test_a_name_in_any_order_says_all_that_it_describes(described: tuple[list[st
     assert parse_layouts(name) == (layout,)
 
 
-@pytest.mark.parametrize(("name", "lacks"), [("a2a", "cpN"), ("tp2+a2a+cp1", "cpN"), ("even+cp2", "ppN")])
+@pytest.mark.parametrize(("name", "lacks"), [("a2a", "cpN"), ("tp2+a2a+cp1", "cpN"), ("even+cp2", "ppN"), ("dp2+offload", "zeroN")])
 def test_a_part_that_says_nothing_is_refused(name: str, lacks: str) -> None:
     with pytest.raises(UsageError, match=rf"^layout '{re.escape(name)}' has the part .* nothing without {lacks}: add"):
         parse_layout(name)
 
 
 def test_different_layouts_are_unequal() -> None:
-    names = ["tp1", "tp2", "pp2", "dp2", "tp2+sp", "cp2", "cp2+a2a", "recompute", "selective"]
+    names = ["tp1", "tp2", "pp2", "dp2", "tp2+sp", "cp2", "cp2+a2a", "recompute", "selective", "zero0", "zero1", "zero1+offload"]
     for one, other in permutations(names, 2):
         assert parse_layout(one) != parse_layout(other)
 
@@ -138,7 +143,7 @@ def test_a_layout_replaces_that_of_the_configuration(load: Load) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tp1", "tp2+sp", "pp2+vpp2", "tp2+pp2+dp2", "cp4", "tp2+sp+cp2+recompute", "pp3", "cp2+a2a", "pp4+even"]
+    "name", ["tp1", "tp2+sp", "pp2+vpp2", "tp2+pp2+dp2", "cp4", "tp2+sp+cp2+recompute", "pp3", "cp2+a2a", "pp4+even", "zero0", "tp2+sp+dp2+zero3+offload"]
 )
 def test_a_placed_configuration_is_one_that_could_have_been_written(load: Load, name: str) -> None:
     layout = parse_layout(name)

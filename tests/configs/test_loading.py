@@ -103,7 +103,7 @@ def test_dump_loads_to_an_equal_configuration(load: Load, tmp_path: Path) -> Non
 def test_dump_is_in_reading_order_and_leaves_out_what_is_unset(load: Load) -> None:
     text = dump_config(load())
     sections = [line.partition(":")[0] for line in text.splitlines() if not line.startswith((" ", "-"))]
-    assert sections == list(Config.model_fields)
+    assert sections == [name for name in Config.model_fields if name != "deepspeed"]
     assert "- mixer: gated_retention\n" in text
     assert "null" not in text
 

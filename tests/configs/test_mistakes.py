@@ -17,7 +17,7 @@ MIXERS = (
     "attention, sliding_window, differential, differential_v2, retention, gated_retention, cross_attention, "
     "differential_cross_attention"
 )
-SECTIONS = "model, parallel, train, optimizer, precision, kernels, data, evaluation, checkpoint, watch, run"
+SECTIONS = "model, engine, deepspeed, parallel, train, optimizer, precision, kernels, data, evaluation, checkpoint, watch, run"
 
 NO_SPLIT = "is not one of balanced, even, nor a list of the layers of each chunk such as [3, 5]"
 

@@ -193,7 +193,7 @@ def test_cut_and_missing_files_are_found(copy: Path) -> None:
         verify(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 3}', '{"format": 3, "files": {"../../x": {"bytes": 1}}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 4}', '{"format": 4, "files": {"../../x": {"bytes": 1}}}'])
 def test_a_manifest_that_says_nothing_is_damage(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(DamageError, match=r"is damaged: manifest\.json cannot be understood"):
@@ -211,7 +211,7 @@ def test_a_manifest_must_vouch_for_what_is_unpickled(copy: Path) -> None:
 def test_missing_or_foreign_manifest(copy: Path) -> None:
     manifest = copy / "manifest.json"
     manifest.write_text(json.dumps({"format": 99, "files": {}}))
-    with pytest.raises(RunError, match=r"has format 99; this version of trine reads format 3"):
+    with pytest.raises(RunError, match=r"has format 99; this version of trine reads format 4"):
         verify(copy)
     manifest.unlink()
     with pytest.raises(DamageError, match=r"is damaged: manifest\.json is missing"):
@@ -294,6 +294,6 @@ def test_what_is_not_a_tensor_is_text(saved: Path) -> None:
         ".metadata", "manifest.json", "random.npz", "state.json", "tensors.json"
     }  # fmt: skip
     state = json.loads((saved / "state.json").read_text())
-    assert state["optimizer"][0]["optimizer"]["param_groups"][0]["step"] == 3.0
+    assert state["updates"] == 3
     shapes = json.loads((saved / "tensors.json").read_text())
     assert shapes["layers.3.mixer.input.query"] == {"shape": [48, 48], "dtype": "float32"}

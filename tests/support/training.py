@@ -12,7 +12,7 @@ from trine.configs.schema import Checkpoint, Config
 from trine.parallel.topology import leave_topology
 from trine.pretrain.checkpoints import loading
 from trine.pretrain.checkpoints.saving import CheckpointWriter
-from trine.pretrain.parity import ADAM_EPS, StepsOfRank, joined_engine, take_steps
+from trine.pretrain.parity import ADAM_EPS, StepsOfRank, batch_of_step, joined_engine, take_steps
 
 VOCABULARY = 200
 
@@ -88,3 +88,14 @@ def threads_after_training(rank: int, world_size: int, *, config: dict[str, Any]
     train(rank, world_size, config=config, steps=1, save=save)
     leave_topology()
     return psutil.Process().num_threads()
+
+
+def train_after_a_skipped_step(rank: int, world_size: int, *, config: dict[str, Any], steps: int) -> StepsOfRank:
+    """Compute the gradients of other samples and throw them away; the schedule then begins anew."""
+    with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+        before = engine.scheduler.state_dict()
+        engine.compute_gradients(batch_of_step(engine, 99))
+        engine.gradient_norm()
+        engine.skip_update()
+        engine.restore_schedule(before)
+        return take_steps(engine, steps)

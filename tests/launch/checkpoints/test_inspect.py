@@ -26,7 +26,7 @@ def test_inspect(run: Path, one: Path, capsys: Capture) -> None:
         name, *lines = capsys.readouterr().out.splitlines()
         assert name == str(one)
         rows = {line[2:14].strip(): line[14:] for line in lines if line[2:14].strip()}
-        assert rows.pop("written").endswith(", format 3")
+        assert rows.pop("written").endswith(", format 4")
         assert rows.pop("files").endswith(": 4 *.distcp, .metadata, manifest.json, random.npz, state.json, tensors.json")
         count, _ = rows["tensors"].split(" tensors, ")
         assert f": {int(count) // 4} of the model with {4 * PARAMETERS / 1e3:.1f} kB" in rows.pop("tensors")
@@ -87,7 +87,7 @@ def test_garbled_state_that_the_manifest_vouches_for(run: Path, one: Path, conte
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "[" * 100_000, '{"format": 3, "files": {"a": {"bytes": 1e999, "sha256": ""}}}', '{"format": 3}']
+    "content", ["", "[]", "[" * 100_000, '{"format": 4, "files": {"a": {"bytes": 1e999, "sha256": ""}}}', '{"format": 4}']
 )
 def test_garbled_manifest(run: Path, one: Path, content: str, capsys: Capture) -> None:
     (one / "manifest.json").write_text(content)
@@ -101,6 +101,6 @@ def test_garbled_manifest(run: Path, one: Path, content: str, capsys: Capture) -
 
 def test_another_format_is_told(one: Path, capsys: Capture) -> None:
     (one / "manifest.json").write_text('{"format": 99, "files": {}}')
-    assert refused(capsys, 1, "inspect", one) == f"checkpoint {one} has format 99; this version of trine reads format 3"
+    assert refused(capsys, 1, "inspect", one) == f"checkpoint {one} has format 99; this version of trine reads format 4"
     assert checkpoint("verify", one) == 1
     assert capsys.readouterr().out.startswith("step-00000003: has format 99; this version")

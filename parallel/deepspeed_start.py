@@ -1,0 +1,149 @@
+"""Starting DeepSpeed around a model whose process groups are Megatron-Core's."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..configs.errors import UsageError
+from ..configs.ramps import shapes_of
+from ..configs.schema import Config, DeepSpeed
+from .topology import Topology
+
+
+def check_deepspeed(config: Config) -> None:
+    """Raise UsageError, in one sentence, where the run asks for DeepSpeed and it is not installed here."""
+    if config.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise _absent("no module of this name is installed")
+
+
+def load_deepspeed() -> Any:
+    """The module ``deepspeed``, told which kind of device there is. Raises UsageError where it cannot be imported."""
+    # It would look for GPUs of every maker, and take one that torch was not built for.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    known = "deepspeed" in sys.modules
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _absent(str(error)) from error
+    if not known:
+        _quieten()
+        # gloo serves on CPUs; the sum in shared memory would need a compiler on every machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _absent(why: str) -> UsageError:
+    return UsageError(
+        f"engine=deepspeed needs DeepSpeed, which cannot be imported here ({why}): pip install 'trine[deepspeed]', or "
+        "use engine=megatron"
+    )
+
+
+def _quieten() -> None:
+    """Let DeepSpeed's messages go where a run's do, to the rank's log, and its notes on every detail nowhere."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.WARNING)
+    # Once per collective in the log of every rank, of newer names for the same operations.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+
+
+def start(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology
+) -> Any:
+    """DeepSpeed's engine around ``model``, whose parameters are those of ``optimizer``. Every rank must call it."""
+    deepspeed = load_deepspeed()
+    # By this it chooses the GPU; ranks that were started by hand or by a pool do not have it.
+    os.environ.setdefault("LOCAL_RANK", str(topology.device.index or 0))
+    settings = config.deepspeed or DeepSpeed()
+    if settings.wall_clock_breakdown or settings.memory_breakdown:
+        logging.getLogger("DeepSpeed").setLevel(logging.INFO)
+    _number_anew()
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, mpu=ProcessGroups(topology), config=deepspeed_config(config, topology),
+        dist_init_required=False,
+    )  # fmt: skip
+    return engine
+
+
+def _number_anew() -> None:
+    """Have ZeRO's stage 3 number modules and parameters from 0, as in a new process.
+
+    Ranks compare the numbers: those that have been in more runs of a pool of workers than others would have others.
+    """
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+
+    partition_parameters.Init.param_id = 0
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)
+    parameter_offload.FWD_MODULE_STACK.clear()
+
+
+def deepspeed_config(config: Config, topology: Topology) -> dict[str, Any]:
+    """The run in DeepSpeed's words."""
+    train, layout = config.train, topology.layout
+    settings = (config.deepspeed or DeepSpeed()).model_dump(exclude_none=True)
+    per_step = max(shape.samples for shape in shapes_of(train)) // (train.micro_batch_size * layout.data)
+    return {
+        "communication_data_type": "fp32",
+        **settings,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": per_step,
+        "gradient_clipping": config.optimizer.clip_grad,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW runs on CPUs, and needs no compiler
+        "steps_per_print": sys.maxsize,
+    }
+
+
+class ProcessGroups:
+    """What DeepSpeed asks of a model that is divided over tensor ranks, an "mpu".
+
+    To DeepSpeed context ranks are data ranks: they hold the same parameters, and gradients are averaged over both.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._tensor: dist.ProcessGroup = topology.groups.tp
+        self._data: dist.ProcessGroup = topology.groups.dp_cp
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that share each matrix."""
+        return self._tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        """How many share each matrix."""
+        return int(self._tensor.size())
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        """This one among them."""
+        return int(self._tensor.rank())
+
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same parameters."""
+        return self._data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        """Their ranks in the run."""
+        return dist.get_process_group_ranks(self._data)
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many hold the same parameters."""
+        return int(self._data.size())
+
+    def get_data_parallel_rank(self) -> int:
+        """This one among them."""
+        return int(self._data.rank())
