@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from .errors import UsageError
 from .schema import Config, DeepSpeed, ZeroOptimization
 
@@ -48,6 +50,20 @@ def check_engine(config: Config) -> None:
             "out, or use engine=megatron"
         )
     _check_stage((config.deepspeed or DeepSpeed()).zero_optimization, config.precision.compute)
+
+
+def check_engine_is_installed(config: Config) -> None:
+    """Raise UsageError, in one sentence, where the run needs DeepSpeed and this Python does not have it."""
+    if config.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise no_deepspeed("it is not installed")
+
+
+def no_deepspeed(why: str) -> UsageError:
+    """What is told where DeepSpeed cannot be used."""
+    return UsageError(
+        f"engine=deepspeed needs DeepSpeed, which cannot be imported here ({why}): pip install 'trine[deepspeed]', or "
+        "use engine=megatron"
+    )
 
 
 def _check_stage(zero: ZeroOptimization, compute: str) -> None:

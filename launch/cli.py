@@ -249,12 +249,14 @@ def _launch_alone(words: Sequence[str], asked: int | None) -> int:
 def _launch(words: Sequence[str], asked: int | None) -> int:
     """Start the ranks, after everything that can be refused has been looked at."""
     from ..configs.checks import check_config, check_layout
+    from ..configs.engine_checks import check_engine_is_installed
     from ..configs.loading import load_config, set_vocabulary
     from ..data_pipeline.opening import read_prepared
 
     recipe, *overrides = words
     config = load_config(Path(recipe), overrides)
     check_config(config)
+    check_engine_is_installed(config)
     config = set_vocabulary(config, read_prepared(config.data).vocabulary_size)
     processes = _processes(config, asked)
     check_layout(config, processes)

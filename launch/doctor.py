@@ -108,7 +108,7 @@ def _accelerators() -> Iterator[Finding]:
     yield _apex()
     yield _optional("Triton", "triton", "triton", "fused GPU kernels")
     yield _optional("flash-linear-attention", "fla", "flash-linear-attention", "other GPU kernels for retention")
-    yield _optional("DeepSpeed", "deepspeed", "deepspeed", "DeepSpeed's optimizers")
+    yield _optional("DeepSpeed", "deepspeed", "deepspeed", "engine=deepspeed: ZeRO 0 to 3 and offload")
 
 
 def _transformer_engine() -> Finding:

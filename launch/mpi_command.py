@@ -64,7 +64,7 @@ def checked_command(arguments: argparse.Namespace, words: Sequence[str]) -> list
 
     check_word("--python", arguments.python)
     where, slots, first = _places(arguments.hosts, arguments.ranks)
-    config = checked_config(Path(words[0]), words[1:], slots, "the ranks of a host, which are")
+    config = checked_config(Path(words[0]), words[1:], slots, "the ranks of a host, which are", arguments.python)
     variables = {
         "MASTER_ADDR": first,
         "MASTER_PORT": str(_FIRST_PORT + crc32(bytes(config.run.directory.absolute())) % _PORTS),

@@ -11,13 +11,13 @@ from typing import Literal
 import psutil  # type: ignore[import-untyped]
 
 from ..configs.checks import check_layout
+from ..configs.engine_checks import check_engine_is_installed
 from ..configs.errors import RunError, UsageError
 from ..configs.layouts import NamedLayout, parse_layout, parse_layouts, under_layout
 from ..configs.parameters import count_parameters
 from ..configs.schema import Config
 from ..configs.stack import SharedKVSegment
 from ..kernels.cross_entropy import CHUNK_ON_CPU
-from ..parallel.deepspeed_start import check_deepspeed
 from ..pretrain.parity import StepsOfRank, parity_config
 from ..pretrain.parity_comparison import Comparison, compare
 from .machine import usable_memory
@@ -123,7 +123,7 @@ def run_plan(
 def _check(config: Config, layout: NamedLayout, gpus: int) -> None:
     trained = under_layout(parity_config(config, [layout], steps=1), layout)
     check_layout(trained, layout.world_size)
-    check_deepspeed(trained)
+    check_engine_is_installed(trained)
     if gpus:
         _check_gpus(layout, gpus)
     else:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..configs.checks import check_layout
+from ..configs.engine_checks import check_engine_is_installed
 from ..configs.errors import UsageError
 from ..configs.loading import load_config, set_vocabulary
 from ..configs.locations import is_remote
@@ -14,10 +16,13 @@ from ..configs.remedies import divisors, listed
 from ..configs.schema import Config
 
 
-def checked_config(recipe: Path, overrides: Sequence[str], ranks_of_nodes: Sequence[int], option: str) -> Config:
+def checked_config(
+    recipe: Path, overrides: Sequence[str], ranks_of_nodes: Sequence[int], option: str, python: str
+) -> Config:
     """The configuration of a run on nodes with so many ranks each, which ``option`` gave.
 
-    Remote data are not asked for: the ranks may reach what this machine does not.
+    Remote data are not asked for: the ranks may reach what this machine does not. What is installed is looked at only
+    where ``python``, which the ranks use, is this interpreter.
 
     Raises:
         UsageError: with one sentence for the first thing that cannot be.
@@ -29,6 +34,8 @@ def checked_config(recipe: Path, overrides: Sequence[str], ranks_of_nodes: Seque
 
     config = load_config(recipe, overrides)
     check_layout(config, sum(ranks_of_nodes))
+    if python == sys.executable:
+        check_engine_is_installed(config)
     local = local_data(config)
     if len(local) == len(config.data.mixture):
         config = set_vocabulary(config, read_prepared(config.data).vocabulary_size)

@@ -114,7 +114,7 @@ def checked_job(arguments: argparse.Namespace, words: Sequence[str]) -> SlurmJob
     options.check()
     check_word("the command", " ".join(arguments.typed))
     recipe, *overrides = words
-    config = checked_config(Path(recipe), overrides, [ranks] * options.nodes, "--ranks-per-node")
+    config = checked_config(Path(recipe), overrides, [ranks] * options.nodes, "--ranks-per-node", options.python)
     run = config.run.directory.absolute()
     for name, path, _ in _folders(Path(recipe), config):
         check_word(name, str(path))

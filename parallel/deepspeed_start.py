@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import os
 import sys
@@ -13,16 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..configs.errors import UsageError
+from ..configs.engine_checks import no_deepspeed
 from ..configs.ramps import shapes_of
 from ..configs.schema import Config, DeepSpeed
 from .topology import Topology
-
-
-def check_deepspeed(config: Config) -> None:
-    """Raise UsageError, in one sentence, where the run asks for DeepSpeed and it is not installed here."""
-    if config.engine == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        raise _absent("no module of this name is installed")
 
 
 def load_deepspeed() -> Any:
@@ -33,19 +27,12 @@ def load_deepspeed() -> Any:
     try:
         deepspeed = importlib.import_module("deepspeed")
     except (ImportError, OSError, RuntimeError) as error:
-        raise _absent(str(error)) from error
+        raise no_deepspeed(str(error)) from error
     if not known:
         _quieten()
-        # gloo serves on CPUs; the sum in shared memory would need a compiler on every machine.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # None of its compiled operations is used: it would look for a compiler, and on CPUs compile a sum of its own.
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
-
-
-def _absent(why: str) -> UsageError:
-    return UsageError(
-        f"engine=deepspeed needs DeepSpeed, which cannot be imported here ({why}): pip install 'trine[deepspeed]', or "
-        "use engine=megatron"
-    )
 
 
 def _quieten() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import pytest
 
 from trine.configs.checks import check_config
-from trine.configs.engine_checks import SET_ELSEWHERE
+from trine.configs.engine_checks import SET_ELSEWHERE, check_engine_is_installed
 from trine.configs.errors import UsageError
 from trine.configs.schema import Config
 
@@ -62,3 +63,14 @@ def test_numbers_as_deepspeeds_users_write_them(load: Load) -> None:
     assert config.deepspeed.zero_optimization.reduce_bucket_size == 500_000_000
     assert config.zero_stage == 2
     assert load(ENGINE).zero_stage == 1
+
+
+def test_without_deepspeed_nothing_is_started(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_engine_is_installed(load())
+    with pytest.raises(UsageError) as caught:
+        check_engine_is_installed(load(ENGINE))
+    assert str(caught.value) == (
+        "engine=deepspeed needs DeepSpeed, which cannot be imported here (it is not installed): "
+        "pip install 'trine[deepspeed]', or use engine=megatron"
+    )
