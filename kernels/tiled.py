@@ -18,7 +18,7 @@ Where documents are kept apart, document_start (lanes, Tq) is the index of the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -187,23 +187,23 @@ def _blocks_of_queries(
 
 
 def _scores(q: Tensor, k: Tensor, block: _Queries, keys: slice, window: int | None) -> Tensor:
-    """Scores (lanes, maps, group*rows, keys) of one tile, -inf where a query does not see a key.
+    """Scores (lanes*maps, group*rows, keys) of one tile, -inf where a query does not see a key.
 
-    q (lanes, maps, group, rows, d) already scaled, k (lanes, maps, keys, d). Only tiles that an edge of the visible
-    band crosses are masked.
+    q (lanes*maps, group*rows, d) already scaled, k (lanes*maps, Tk, d). Only tiles that an edge of the visible band
+    crosses are masked.
     """
-    lanes, maps, group, rows, _ = q.shape
-    count = keys.stop - keys.start
-    scores = wide_bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).mT).view(lanes, maps, group, rows, count)
+    scores = wide_bmm(q, k[:, keys].mT)
+    rows, count = block.rows.stop - block.rows.start, keys.stop - keys.start
     own = block.position - keys.start
     if own + 1 < count:
         future = max(0, own + 1)
-        scores[..., future:] += _infinite_above(rows, count - future, own + 1 - future, scores.dtype, scores.device)
+        edge = _infinite_above(rows, count - future, own + 1 - future, scores.dtype, scores.device)
+        scores.view(-1, rows, count)[..., future:].add_(edge)
     if window is not None and own + rows > window:
-        scores += scores.new_full((rows, count), -torch.inf).tril_(own - window)
+        scores.view(-1, rows, count).add_(scores.new_full((rows, count), -torch.inf).tril_(own - window))
     if block.starts is not None:
-        _hide_earlier_documents(scores, block.starts - keys.start)
-    return scores.view(lanes, maps, group * rows, count)
+        _hide_earlier_documents(scores.view(block.starts.shape[0], -1, rows, count), block.starts - keys.start)
+    return scores
 
 
 @lru_cache(maxsize=8)
@@ -213,7 +213,9 @@ def _infinite_above(rows: int, columns: int, diagonal: int, dtype: torch.dtype, 
 
 
 def _hide_earlier_documents(scores: Tensor, starts: Tensor) -> None:
-    """Mask what lies before the document of a query, whose ``starts`` (lanes, rows) count from the tile's first key.
+    """Mask what lies before a query's document in scores (lanes, heads, rows, keys).
+
+    The ``starts`` (lanes, rows) of the documents count from the tile's first key.
 
     On a CPU the columns after all starts are left alone; elsewhere reading the starts would wait for the device.
     """
@@ -222,7 +224,7 @@ def _hide_earlier_documents(scores: Tensor, starts: Tensor) -> None:
         count = min(count, int(starts[:, -1].amax()))
     if count > 0:
         hidden = torch.arange(count, device=starts.device) < starts.unsqueeze(-1)
-        scores[..., :count].masked_fill_(hidden[:, None, None], -torch.inf)
+        scores[..., :count].masked_fill_(hidden.unsqueeze(1), -torch.inf)
 
 
 def _forward(
@@ -238,27 +240,29 @@ def _forward(
     window: int | None,
 ) -> None:
     """Fill ``output``, ``log_sums`` and, with two maps whose rows are not whole, ``second`` = A2 v for some lanes."""
-    tile, scale = _tile(q, k, window), q.shape[-1] ** -0.5 * LOG2_E
+    tile, scale, keys_of_maps = _tile(q, k, window), q.shape[-1] ** -0.5 * LOG2_E, k.flatten(0, 1)
     for block in _blocks_of_queries(q, k, window, document_start):
-        queries, outputs, logs = q[..., block.rows, :] * scale, output[..., block.rows, :], log_sums[..., block.rows]
+        queries = (q[..., block.rows, :] * scale).flatten(2, 3).flatten(0, 1)
+        outputs, logs = output[:, :, block.rows], log_sums[..., block.rows]
         if tile.whole_rows:
             keys = slice(block.first, block.last)
-            maps = _softmax_(_scores(queries, k[:, :, keys], block, keys, window), logs)
-            outputs.copy_(wide_bmm(_subtract(maps, lam).to(v.dtype), v[:, keys]).view(outputs.shape))
+            maps = _softmax_(_scores(queries, keys_of_maps, block, keys, window), logs)
+            mixed = _subtract(maps.view(*q.shape[:2], *maps.shape[1:]).unbind(1), lam)
+            outputs.copy_(wide_bmm(mixed.to(v.dtype), v[:, keys]).view(outputs.shape))
             continue
-        softmax = _RunningSoftmax(queries[..., 0], v)
+        softmax = _RunningSoftmax(logs, v)
         for keys in block.blocks_of_keys(tile.keys):
-            softmax.add_(_scores(queries, k[:, :, keys], block, keys, window), v[:, keys])
+            softmax.add_(_scores(queries, keys_of_maps, block, keys, window), v[:, keys])
         heads = softmax.finish(logs)
         if second is not None and lam is not None:
-            second[..., block.rows, :] = heads[:, 1]
+            second[:, :, block.rows] = heads[:, 1]
             outputs.copy_(heads[:, 0] - lam.to(heads.dtype) * heads[:, 1])
         else:
             outputs.copy_(heads[:, 0])
 
 
 def _softmax_(scores: Tensor, log_sums: Tensor) -> Tensor:
-    """The maps of whole rows, in place of their scores (lanes, maps, m, n); fills ``log_sums`` (lanes, maps, ...)."""
+    """The maps of whole rows, in place of their scores (lanes*maps, m, n); fills ``log_sums`` (lanes, maps, ...)."""
     largest = scores.amax(-1, keepdim=True)
     sums = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
     log_sums.copy_(largest.add_(sums.log2()).view(log_sums.shape))
@@ -272,21 +276,21 @@ class _RunningSoftmax:
         """``rows`` (lanes, maps, group, rows) gives the shape alone."""
         self._shape = rows.shape
         lanes, maps, group, length = rows.shape
-        shape, wide = (lanes, maps, group * length), accumulation_dtype(v)
+        shape, wide = (lanes * maps, group * length), accumulation_dtype(v)
         # Lower than every score and not -inf, of which the difference to a hidden score would not be a number.
         self._largest = v.new_full((*shape, 1), torch.finfo(wide).min, dtype=wide)
         self._sums = torch.zeros_like(self._largest)
         self._values = v.new_zeros(*shape, v.shape[-1], dtype=wide)
 
     def add_(self, scores: Tensor, v: Tensor) -> None:
-        """Take scores (lanes, maps, m, n), which are overwritten, and their values v (lanes, n, dv)."""
+        """Take scores (lanes*maps, m, n), which are overwritten, and their values v (lanes, n, dv)."""
         largest = torch.maximum(self._largest, scores.amax(-1, keepdim=True))
         weights = scores.sub_(largest).exp2_()
         shrink = (self._largest - largest).exp2_()
         self._largest = largest
         self._sums = self._sums.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-        self._values.mul_(shrink)
-        accumulate_bmm_(self._values.flatten(1, 2), weights.flatten(1, 2).to(v.dtype), v)
+        values = self._values.mul_(shrink).view(v.shape[0], -1, v.shape[2])
+        accumulate_bmm_(values, weights.view(v.shape[0], -1, v.shape[1]).to(v.dtype), v)
 
     def finish(self, log_sums: Tensor) -> Tensor:
         """The heads (lanes, maps, group, rows, dv); fills ``log_sums`` (lanes, maps, group, rows)."""
@@ -314,46 +318,51 @@ def _backward(
     """Add to the gradients for some lanes, from ``upstream`` = dL/d output and what the forward pass kept."""
     size, scale = _tile(q, k, window).keys, q.shape[-1] ** -0.5
     weights = _weights(lam, q) * scale
+    keys_of_maps, grad_keys = k.flatten(0, 1), grad_k.flatten(0, 1)
     for block in _blocks_of_queries(q, k, window, document_start):
-        queries = q[..., block.rows, :] * (scale * LOG2_E)
-        signed = (q[..., block.rows, :] * weights.to(q.dtype)).flatten(2, 3).flatten(0, 1)
-        grad_block, kept = (x[:, :, block.rows].flatten(1, 2) for x in (upstream, output))
-        logs = log_sums[..., block.rows].flatten(2).unsqueeze(-1)
-        sums = _row_sums(grad_block, kept)
-        of_second = None if second is None else _row_sums(grad_block, second[:, :, block.rows].flatten(1, 2))
+        rows = q[..., block.rows, :]
+        queries, signed = ((rows * x).flatten(2, 3).flatten(0, 1) for x in (scale * LOG2_E, weights.to(q.dtype)))
+        grad_rows, kept = (x[:, :, block.rows].flatten(1, 2) for x in (upstream, output))
+        logs = log_sums[..., block.rows].reshape(*queries.shape[:2], 1)
+        sums = _row_sums(grad_rows, kept)
+        of_second = None if second is None else _row_sums(grad_rows, second[:, :, block.rows].flatten(1, 2))
         grad_queries = torch.zeros_like(signed, dtype=grad_q.dtype)
         for keys in block.blocks_of_keys(size):
-            maps = _scores(queries, k[:, :, keys], block, keys, window).sub_(logs).exp2_()
-            accumulate_bmm_(grad_v[:, keys], _subtract(maps, lam).to(v.dtype).mT, grad_block)
-            grad = wide_bmm(grad_block, v[:, keys].mT)
+            maps = _scores(queries, keys_of_maps, block, keys, window).sub_(logs).exp2_()
+            each = maps.view(*q.shape[:2], *maps.shape[1:]).unbind(1)
+            accumulate_bmm_(grad_v[:, keys], _subtract(each, lam).to(v.dtype).mT, grad_rows)
+            grad = wide_bmm(grad_rows, v[:, keys].mT)
             if lam is not None and of_second is None:
-                of_second = _row_sums(grad, maps[:, 1])
-            _multiply_centred_(maps, grad, sums, of_second, lam)
-            grad_scores = maps.to(k.dtype).flatten(0, 1)
-            accumulate_bmm_(grad_queries, grad_scores, k[:, :, keys].flatten(0, 1))
-            accumulate_bmm_(grad_k.flatten(0, 1)[:, keys], grad_scores.mT, signed)
-        torch.mul(grad_queries.view(queries.shape), weights, out=grad_q[..., block.rows, :])
+                of_second = _row_sums(grad, each[1])
+            _multiply_centred_(each, grad, sums, of_second, lam)
+            grad_scores = maps.to(k.dtype)
+            accumulate_bmm_(grad_queries, grad_scores, keys_of_maps[:, keys])
+            accumulate_bmm_(grad_keys[:, keys], grad_scores.mT, signed)
+        torch.mul(grad_queries.view(rows.shape), weights, out=grad_q[..., block.rows, :])
         if grad_lam is not None and of_second is not None:
-            grad_lam[..., block.rows] = -of_second.view(grad_lam[..., block.rows].shape)
+            grad_lam[..., block.rows] = -of_second.view(rows.shape[0], *rows.shape[2:4])
 
 
 def _row_sums(x: Tensor, y: Tensor) -> Tensor:
     """Sums of x * y (lanes, m, n) over the rows, (lanes, m, 1), in the accumulation dtype."""
-    return (x.to(accumulation_dtype(x)) * y).sum(-1, keepdim=True)
+    wide = accumulation_dtype(x)
+    return torch.linalg.vecdot(x.to(wide), y.to(wide)).unsqueeze(-1)
 
 
-def _multiply_centred_(maps: Tensor, grad: Tensor, sums: Tensor, of_second: Tensor | None, lam: Tensor | None) -> None:
-    """Multiply each of maps (lanes, maps, m, n) by grad (lanes, m, n), which is overwritten, minus its row sums.
+def _multiply_centred_(
+    maps: Sequence[Tensor], grad: Tensor, sums: Tensor, of_second: Tensor | None, lam: Tensor | None
+) -> None:
+    """Multiply each of maps (lanes, m, n) by grad (lanes, m, n), which is overwritten, minus its row sums.
 
     Those of map * grad are ``of_second`` for the second map and, ``sums`` being those of the mixed map,
     sums + lam of_second for the first.
     """
     if of_second is None or lam is None:
-        maps[:, 0].mul_(grad.sub_(sums))
+        maps[0].mul_(grad.sub_(sums))
         return
     of_first = sums + lam * of_second
-    maps[:, 0].mul_(grad.sub_(of_first))
-    maps[:, 1].mul_(grad.sub_(of_second - of_first))
+    maps[0].mul_(grad.sub_(of_first))
+    maps[1].mul_(grad.sub_(of_second - of_first))
 
 
 def _weights(lam: Tensor | None, q: Tensor) -> Tensor:
@@ -362,10 +371,10 @@ def _weights(lam: Tensor | None, q: Tensor) -> Tensor:
     return one if lam is None else torch.cat([one, -lam.to(one.dtype).view(one.shape)])
 
 
-def _subtract(maps: Tensor, lam: Tensor | None) -> Tensor:
-    """(lanes, maps, m, n) to the one map (lanes, m, n) that multiplies the values."""
+def _subtract(maps: Sequence[Tensor], lam: Tensor | None) -> Tensor:
+    """The one map (lanes, m, n) that multiplies the values."""
     if lam is None:
-        return maps.squeeze(1)
-    if maps.device.type == "cpu":  # where torch does not vectorise addcmul with a broadcast operand
-        return torch.sub(maps[:, 0], maps[:, 1], alpha=lam.item())
-    return torch.addcmul(maps[:, 0], maps[:, 1], lam.to(maps.dtype), value=-1)
+        return maps[0]
+    if maps[0].device.type == "cpu":  # where torch does not vectorise addcmul with a broadcast operand
+        return torch.sub(maps[0], maps[1], alpha=lam.item())
+    return torch.addcmul(maps[0], maps[1], lam.to(maps[0].dtype), value=-1)
