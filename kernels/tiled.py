@@ -32,6 +32,9 @@ LOG2_E = math.log2(math.e)
 """Scores are taken times this and exponentials to the base 2: on a CPU, torch's natural one is 30 times slower where
 its result is nearly 0, as many weights are."""
 
+WHOLE_ROWS = 2**19
+"""Elements of the maps of a tile up to which it holds all keys that its queries see, on a CPU."""
+
 
 def tiled_attention(
     q: Tensor,
@@ -133,14 +136,14 @@ class _Tile(NamedTuple):
 def _tile(q: Tensor, k: Tensor, window: int | None) -> _Tile:
     """Few on a CPU, for tiles that stay in cache; many on a GPU, for fewer launches.
 
-    On a CPU rows are whole while the maps of a tile hold 2 MB at most. Of the keys of a tile with a window, as many as
-    it has queries are outside for some of them.
+    On a CPU rows are whole while the maps of a tile hold no more than WHOLE_ROWS (2 MB). Of the keys of a tile with a
+    window, as many as it has queries are outside for some of them.
     """
     queries = 512 if q.device.type != "cpu" else 128 if window is None else 64
     seen = k.shape[2] if window is None else min(k.shape[2], window + queries)
     if q.device.type != "cpu":
         return _Tile(queries, min(seen, 4096), seen <= 4096)
-    if q.shape[1] * q.shape[2] * queries * seen <= 2**19:
+    if q.shape[1] * q.shape[2] * queries * seen <= WHOLE_ROWS:
         return _Tile(queries, seen, True)
     return _Tile(256, 256, False) if window is None else _Tile(64, 1024, False)
 
