@@ -349,7 +349,8 @@ def _backward(
 def _row_sums(x: Tensor, y: Tensor) -> Tensor:
     """Sums of x * y (lanes, m, n) over the rows, (lanes, m, 1), in the accumulation dtype."""
     wide = accumulation_dtype(x)
-    return torch.linalg.vecdot(x.to(wide), y.to(wide)).unsqueeze(-1)
+    sums: Tensor = torch.linalg.vecdot(x.to(wide), y.to(wide))
+    return sums.unsqueeze(-1)
 
 
 def _multiply_centred_(
