@@ -36,5 +36,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def apply_head_norm(x: Tensor, norm: HeadNorm) -> Tensor:
-    """The norm of every row of x (..., dv), dtype kept."""
-    return rms_norm(x, norm.weight, norm.eps) * norm.scale
+    """The norm of every row of x (B, h, T, dv), dtype kept; a token's heads lie side by side in the result."""
+    tokens = x.permute(2, 0, 1, 3)
+    if norm.weight is None:
+        return rms_norm(tokens, None, norm.eps).mul(norm.scale).permute(1, 2, 0, 3)
+    return rms_norm(tokens, norm.weight * norm.scale, norm.eps).permute(1, 2, 0, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,9 +40,23 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     A pair is a complex number and its rotation a product with e^{i angle}: one pass forward and one backward.
     """
     wide = accumulation_dtype(x)
-    pairs = torch.view_as_complex(_even(x.to(wide)).view(*x.shape[:-1], -1, 2))
-    rotation = torch.complex(cos.to(wide), sin.to(wide))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+    out: Tensor = _Rotation.apply(x, torch.complex(cos.to(wide), sin.to(wide)))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """Pairs times ``rotation``, and their gradients times its conjugate; autograd's own chain of views would copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        pairs = torch.view_as_complex(_even(x.to(accumulation_dtype(x))).view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        return _Rotation.apply(upstream, rotation.conj()), None  # type: ignore[no-untyped-call]
 
 
 def _even(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ row's sum; the backward pass computes the same maps again from it. Row sums of m
 upstream gradient, so that no row is walked twice (FlashAttention-2, arXiv 2307.08691). Two maps over the same values,
 A1 - lam A2, go through as one: the backward pass gets dV from one product and shares dP = dO V^T between the maps, 10 d
 multiplications per element of a pair of maps, where two separate attentions need 14 d. For it the second output,
-A2 v, is kept.
+A2 v, is kept. Where the keys are few, a tile holds all of them: nothing is rescaled, the maps are subtracted before
+their one product with the values, 4 d instead of 6 d, and the row sums of the second map are taken from the map.
 
 Layout inside: a lane is one (batch, value head). q (lanes, maps, group, Tq, d), k (lanes, maps, Tk, d), v
 (lanes, Tk, dv), output (lanes, group, Tq, dv). The ``group`` of query heads that share a key head become rows
@@ -17,7 +18,8 @@ Where documents are kept apart, document_start (lanes, Tq) is the index of the f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,9 @@ from .precision import accumulate_bmm_, accumulation_dtype, operand, wide_bmm
 LOG2_E = math.log2(math.e)
 """Scores are taken times this and exponentials to the base 2: on a CPU, torch's natural one is 30 times slower where
 its result is nearly 0, as many weights are."""
+
+WHOLE_ROWS = 2**19
+"""Elements of the maps of a tile up to which it holds all keys that its queries see, on a CPU."""
 
 
 def tiled_attention(
@@ -67,8 +72,9 @@ class _TiledAttention(torch.autograd.Function):
     ) -> Tensor:
         queries, keys, values = _to_lanes(q, k, v)
         lanes, maps, group, length, _ = queries.shape
-        output = queries.new_empty(lanes, group, length, v.shape[-1])
-        second = None if lam is None else torch.empty_like(output)
+        output = _by_tokens(queries, (lanes, group, length, v.shape[-1]))
+        whole_rows = lam is None or _tile(queries, keys, window).whole_rows
+        second = None if whole_rows else torch.empty_like(output)
         log_sums = queries.new_empty(lanes, maps, group, length, dtype=accumulation_dtype(q))
         starts = _starts_of_lanes(document_start, v)
         tensors = (queries, keys, values, output, log_sums, second, starts)
@@ -85,17 +91,18 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v, lam, document_start, output, second, log_sums = ctx.saved_tensors
         queries, keys, values = _to_lanes(q, k, v)
         lanes, _, group, length, _ = queries.shape
-        upstream = operand(grad_output).reshape(lanes, group, length, v.shape[-1])
-        row_sums = _row_sums(upstream, output.view(upstream.shape), second, lam)
+        upstream, output = (operand(x).reshape(lanes, group, length, v.shape[-1]) for x in (grad_output, output))
         wide = accumulation_dtype(q)
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (queries, keys, values))
+        grad_lam = None if lam is None else torch.zeros_like(log_sums[:, 1])
         starts = _starts_of_lanes(document_start, v)
-        tensors = (queries, keys, values, upstream, log_sums, row_sums, grad_q, grad_k, grad_v, starts)
+        kept = (output, second, log_sums)
+        tensors = (queries, keys, values, upstream, *kept, grad_q, grad_k, grad_v, grad_lam, starts)
         for parts in _lane_splits(ctx.window, *tensors):
             _backward(*parts, lam=lam, window=ctx.window)
         grad_q = torch.unflatten(grad_q, 0, (q.shape[0], -1)).transpose(2, 3)
         grads = (grad.reshape(x.shape).to(x.dtype) for grad, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
-        return *grads, None if lam is None else -row_sums[:, 1].sum().to(lam.dtype), None, None
+        return *grads, None if grad_lam is None else grad_lam.sum().to(lam.dtype), None, None
 
 
 def _to_lanes(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,32 +118,41 @@ def _starts_of_lanes(document_start: Tensor | None, v: Tensor) -> Tensor | None:
     return None if document_start is None else document_start.repeat_interleave(v.shape[1], dim=0)
 
 
-def _row_sums(upstream: Tensor, output: Tensor, second: Tensor | None, lam: Tensor | None) -> Tensor:
-    """Sums over the keys of each map times the gradient of the mixed map: (lanes, maps, group, Tq)."""
-    wide = accumulation_dtype(upstream)
-    mixed = (upstream.to(wide) * output).sum(-1)
-    if second is None or lam is None:
-        return mixed.unsqueeze(1)
-    of_second = (upstream.to(wide) * second).sum(-1)
-    return torch.stack([mixed + lam * of_second, of_second], dim=1)
+def _by_tokens(like: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Not yet filled, (lanes, group, T, width), of which a token's heads lie side by side, as projections want them."""
+    lanes, group, length, width = shape
+    return like.new_empty(length, lanes, group, width).permute(1, 2, 0, 3)
 
 
-def _block_sizes(device: torch.device, window: int | None) -> tuple[int, int]:
-    """Queries and keys of a tile: few on a CPU, for tiles that stay in cache; many on a GPU, for fewer launches.
+class _Tile(NamedTuple):
+    """How many queries meet how many keys at once."""
 
-    Of the keys of a tile with a window, as many as it has queries are outside for some of them.
+    queries: int
+    keys: int
+    whole_rows: bool
+    """Whether that is all the keys that the queries see: then their softmax is complete at once."""
+
+
+def _tile(q: Tensor, k: Tensor, window: int | None) -> _Tile:
+    """Few on a CPU, for tiles that stay in cache; many on a GPU, for fewer launches.
+
+    On a CPU rows are whole while the maps of a tile hold no more than WHOLE_ROWS (2 MB). Of the keys of a tile with a
+    window, as many as it has queries are outside for some of them.
     """
-    if device.type != "cpu":
-        return 512, 4096
-    return (256, 256) if window is None else (64, 1024)
+    queries = 512 if q.device.type != "cpu" else 128 if window is None else 64
+    seen = k.shape[2] if window is None else min(k.shape[2], window + queries)
+    if q.device.type != "cpu":
+        return _Tile(queries, min(seen, 4096), seen <= 4096)
+    if q.shape[1] * q.shape[2] * queries * seen <= WHOLE_ROWS:
+        return _Tile(queries, seen, True)
+    return _Tile(256, 256, False) if window is None else _Tile(64, 1024, False)
 
 
 def _lane_splits(window: int | None, q: Tensor, k: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors cut along the lanes: the maps of a tile hold half a megabyte (on a GPU 512 MB) at most."""
-    budget = 2**17 if q.device.type == "cpu" else 2**27
-    rows, keys = _block_sizes(q.device, window)
-    keys = keys if window is None else min(keys, window + rows)
-    width = q.shape[1] * q.shape[2] * min(rows, q.shape[3]) * min(keys, k.shape[2])
+    """The tensors cut along the lanes: the maps of a tile hold 1 MB (on a GPU 512 MB) at most, or those of one lane."""
+    budget = 2**18 if q.device.type == "cpu" else 2**27
+    tile = _tile(q, k, window)
+    width = q.shape[1] * q.shape[2] * min(tile.queries, q.shape[3]) * tile.keys
     lanes = max(1, budget // width)
     for first in range(0, q.shape[0], lanes):
         yield tuple(None if x is None else x[first : first + lanes] for x in (q, k, *others))
@@ -163,7 +179,7 @@ def _blocks_of_queries(
     q: Tensor, k: Tensor, window: int | None, document_start: Tensor | None
 ) -> Iterator[_Queries]:
     """The queries of some lanes, from the first block to the last."""
-    length, past, size = q.shape[3], k.shape[2] - q.shape[3], _block_sizes(q.device, window)[0]
+    length, past, size = q.shape[3], k.shape[2] - q.shape[3], _tile(q, k, window).queries
     for start in range(0, length, size):
         stop = min(start + size, length)
         first = 0 if window is None else max(0, past + start - window + 1)
@@ -174,28 +190,35 @@ def _blocks_of_queries(
 
 
 def _scores(q: Tensor, k: Tensor, block: _Queries, keys: slice, window: int | None) -> Tensor:
-    """Scores (lanes, maps, group*rows, keys) of one tile, -inf where a query does not see a key.
+    """Scores (lanes*maps, group*rows, keys) of one tile, -inf where a query does not see a key.
 
-    q (lanes, maps, group, rows, d) already scaled, k (lanes, maps, keys, d). Only tiles that an edge of the visible
-    band crosses are masked.
+    q (lanes*maps, group*rows, d) already scaled, k (lanes*maps, Tk, d). Only tiles that an edge of the visible band
+    crosses are masked.
     """
-    lanes, maps, group, rows, _ = q.shape
-    count = keys.stop - keys.start
-    scores = wide_bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).mT).view(lanes, maps, group, rows, count)
+    scores = wide_bmm(q, k[:, keys].mT)
+    rows, count = block.rows.stop - block.rows.start, keys.stop - keys.start
     own = block.position - keys.start
     if own + 1 < count:
         future = max(0, own + 1)
-        edge = scores.new_full((rows, count - future), -torch.inf).triu_(own + 1 - future)
-        scores[..., future:] += edge
+        edge = _infinite_above(rows, count - future, own + 1 - future, scores.dtype, scores.device)
+        scores.view(-1, rows, count)[..., future:].add_(edge)
     if window is not None and own + rows > window:
-        scores += scores.new_full((rows, count), -torch.inf).tril_(own - window)
+        scores.view(-1, rows, count).add_(scores.new_full((rows, count), -torch.inf).tril_(own - window))
     if block.starts is not None:
-        _hide_earlier_documents(scores, block.starts - keys.start)
-    return scores.view(lanes, maps, group * rows, count)
+        _hide_earlier_documents(scores.view(block.starts.shape[0], -1, rows, count), block.starts - keys.start)
+    return scores
+
+
+@lru_cache(maxsize=8)
+def _infinite_above(rows: int, columns: int, diagonal: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, columns) of 0 below ``diagonal`` and -inf from it on: the same one in every block of queries."""
+    return torch.full((rows, columns), -torch.inf, dtype=dtype, device=device).triu_(diagonal)
 
 
 def _hide_earlier_documents(scores: Tensor, starts: Tensor) -> None:
-    """Mask what lies before the document of a query, whose ``starts`` (lanes, rows) count from the tile's first key.
+    """Mask what lies before a query's document in scores (lanes, heads, rows, keys).
+
+    The ``starts`` (lanes, rows) of the documents count from the tile's first key.
 
     On a CPU the columns after all starts are left alone; elsewhere reading the starts would wait for the device.
     """
@@ -204,7 +227,7 @@ def _hide_earlier_documents(scores: Tensor, starts: Tensor) -> None:
         count = min(count, int(starts[:, -1].amax()))
     if count > 0:
         hidden = torch.arange(count, device=starts.device) < starts.unsqueeze(-1)
-        scores[..., :count].masked_fill_(hidden[:, None, None], -torch.inf)
+        scores[..., :count].masked_fill_(hidden.unsqueeze(1), -torch.inf)
 
 
 def _forward(
@@ -219,19 +242,34 @@ def _forward(
     lam: Tensor | None,
     window: int | None,
 ) -> None:
-    """Fill ``output``, ``log_sums`` and, with two maps, ``second`` = A2 v for some lanes."""
-    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device, window)[1]
+    """Fill ``output``, ``log_sums`` and, with two maps whose rows are not whole, ``second`` = A2 v for some lanes."""
+    tile, scale, keys_of_maps = _tile(q, k, window), q.shape[-1] ** -0.5 * LOG2_E, k.flatten(0, 1)
     for block in _blocks_of_queries(q, k, window, document_start):
-        softmax = _RunningSoftmax(q[..., block.rows, 0], v)
-        queries = q[..., block.rows, :] * (scale * LOG2_E)
-        for keys in block.blocks_of_keys(size):
-            softmax.add_(_scores(queries, k[:, :, keys], block, keys, window), v[:, keys])
-        heads, log_sums[..., block.rows] = softmax.finish()
+        queries = (q[..., block.rows, :] * scale).flatten(2, 3).flatten(0, 1)
+        outputs, logs = output[:, :, block.rows], log_sums[..., block.rows]
+        if tile.whole_rows:
+            keys = slice(block.first, block.last)
+            maps = _softmax_(_scores(queries, keys_of_maps, block, keys, window), logs)
+            mixed = _subtract(maps.view(*q.shape[:2], *maps.shape[1:]).unbind(1), lam)
+            outputs.copy_(wide_bmm(mixed.to(v.dtype), v[:, keys]).view(outputs.shape))
+            continue
+        softmax = _RunningSoftmax(logs, v)
+        for keys in block.blocks_of_keys(tile.keys):
+            softmax.add_(_scores(queries, keys_of_maps, block, keys, window), v[:, keys])
+        heads = softmax.finish(logs)
         if second is not None and lam is not None:
-            second[..., block.rows, :] = heads[:, 1]
-            output[..., block.rows, :] = heads[:, 0] - lam.to(heads.dtype) * heads[:, 1]
+            second[:, :, block.rows] = heads[:, 1]
+            outputs.copy_(heads[:, 0] - lam.to(heads.dtype) * heads[:, 1])
         else:
-            output[..., block.rows, :] = heads[:, 0]
+            outputs.copy_(heads[:, 0])
+
+
+def _softmax_(scores: Tensor, log_sums: Tensor) -> Tensor:
+    """The maps of whole rows, in place of their scores (lanes*maps, m, n); fills ``log_sums`` (lanes, maps, ...)."""
+    largest = scores.amax(-1, keepdim=True)
+    sums = scores.sub_(largest).exp2_().sum(-1, keepdim=True)
+    log_sums.copy_(largest.add_(sums.log2()).view(log_sums.shape))
+    return scores.mul_(sums.reciprocal_())
 
 
 class _RunningSoftmax:
@@ -241,26 +279,26 @@ class _RunningSoftmax:
         """``rows`` (lanes, maps, group, rows) gives the shape alone."""
         self._shape = rows.shape
         lanes, maps, group, length = rows.shape
-        shape, wide = (lanes, maps, group * length), accumulation_dtype(v)
+        shape, wide = (lanes * maps, group * length), accumulation_dtype(v)
         # Lower than every score and not -inf, of which the difference to a hidden score would not be a number.
         self._largest = v.new_full((*shape, 1), torch.finfo(wide).min, dtype=wide)
         self._sums = torch.zeros_like(self._largest)
         self._values = v.new_zeros(*shape, v.shape[-1], dtype=wide)
 
     def add_(self, scores: Tensor, v: Tensor) -> None:
-        """Take scores (lanes, maps, m, n), which are overwritten, and their values v (lanes, n, dv)."""
+        """Take scores (lanes*maps, m, n), which are overwritten, and their values v (lanes, n, dv)."""
         largest = torch.maximum(self._largest, scores.amax(-1, keepdim=True))
         weights = scores.sub_(largest).exp2_()
         shrink = (self._largest - largest).exp2_()
         self._largest = largest
         self._sums = self._sums.mul_(shrink).add_(weights.sum(-1, keepdim=True))
-        self._values.mul_(shrink)
-        accumulate_bmm_(self._values.flatten(1, 2), weights.flatten(1, 2).to(v.dtype), v)
+        values = self._values.mul_(shrink).view(v.shape[0], -1, v.shape[2])
+        accumulate_bmm_(values, weights.view(v.shape[0], -1, v.shape[1]).to(v.dtype), v)
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """The heads (lanes, maps, group, rows, dv) and the logarithms of the sums (lanes, maps, group, rows)."""
-        heads = (self._values / self._sums).view(*self._shape, -1)
-        return heads, (self._largest + self._sums.log2()).view(self._shape)
+    def finish(self, log_sums: Tensor) -> Tensor:
+        """The heads (lanes, maps, group, rows, dv); fills ``log_sums`` (lanes, maps, group, rows)."""
+        log_sums.copy_((self._largest + self._sums.log2()).view(self._shape))
+        return (self._values / self._sums).view(*self._shape, -1)
 
 
 def _backward(
@@ -268,55 +306,79 @@ def _backward(
     k: Tensor,
     v: Tensor,
     upstream: Tensor,
+    output: Tensor,
+    second: Tensor | None,
     log_sums: Tensor,
-    row_sums: Tensor,
     grad_q: Tensor,
     grad_k: Tensor,
     grad_v: Tensor,
+    grad_lam: Tensor | None,
     document_start: Tensor | None,
     *,
     lam: Tensor | None,
     window: int | None,
 ) -> None:
     """Add to the gradients for some lanes, from ``upstream`` = dL/d output and what the forward pass kept."""
-    scale, size = q.shape[-1] ** -0.5, _block_sizes(q.device, window)[1]
+    size, scale = _tile(q, k, window).keys, q.shape[-1] ** -0.5
+    weights = _weights(lam, q) * scale
+    keys_of_maps, grad_keys = k.flatten(0, 1), grad_k.flatten(0, 1)
     for block in _blocks_of_queries(q, k, window, document_start):
-        queries = q[..., block.rows, :] * (scale * LOG2_E)
-        signed = _signed(q[..., block.rows, :] * scale, lam).flatten(2, 3).flatten(0, 1)
-        grad_block = upstream[:, :, block.rows].flatten(1, 2)
-        logs, sums = (x[..., block.rows].flatten(2).unsqueeze(-1) for x in (log_sums, row_sums))
-        steps = torch.cat([sums[:, :1], sums.diff(dim=1)], dim=1)
+        rows = q[..., block.rows, :]
+        queries, signed = ((rows * x).flatten(2, 3).flatten(0, 1) for x in (scale * LOG2_E, weights.to(q.dtype)))
+        grad_rows, kept = (x[:, :, block.rows].flatten(1, 2) for x in (upstream, output))
+        logs = log_sums[..., block.rows].reshape(*queries.shape[:2], 1)
+        sums = _row_sums(grad_rows, kept)
+        of_second = None if second is None else _row_sums(grad_rows, second[:, :, block.rows].flatten(1, 2))
         grad_queries = torch.zeros_like(signed, dtype=grad_q.dtype)
         for keys in block.blocks_of_keys(size):
-            maps = _scores(queries, k[:, :, keys], block, keys, window).sub_(logs).exp2_()
-            accumulate_bmm_(grad_v[:, keys], _subtract(maps, lam).to(v.dtype).mT, grad_block)
-            _multiply_centred_(maps, wide_bmm(grad_block, v[:, keys].mT), steps)
-            grad_scores = maps.to(k.dtype).flatten(0, 1)
-            accumulate_bmm_(grad_queries, grad_scores, k[:, :, keys].flatten(0, 1))
-            accumulate_bmm_(grad_k.flatten(0, 1)[:, keys], grad_scores.mT, signed)
-        grad_q[..., block.rows, :] = _signed(grad_queries.view(queries.shape), lam).mul_(scale)
+            maps = _scores(queries, keys_of_maps, block, keys, window).sub_(logs).exp2_()
+            each = maps.view(*q.shape[:2], *maps.shape[1:]).unbind(1)
+            accumulate_bmm_(grad_v[:, keys], _subtract(each, lam).to(v.dtype).mT, grad_rows)
+            grad = wide_bmm(grad_rows, v[:, keys].mT)
+            if lam is not None and of_second is None:
+                of_second = _row_sums(grad, each[1])
+            _multiply_centred_(each, grad, sums, of_second, lam)
+            grad_scores = maps.to(k.dtype)
+            accumulate_bmm_(grad_queries, grad_scores, keys_of_maps[:, keys])
+            accumulate_bmm_(grad_keys[:, keys], grad_scores.mT, signed)
+        torch.mul(grad_queries.view(rows.shape), weights, out=grad_q[..., block.rows, :])
+        if grad_lam is not None and of_second is not None:
+            grad_lam[..., block.rows] = -of_second.view(rows.shape[0], *rows.shape[2:4])
 
 
-def _multiply_centred_(maps: Tensor, grad: Tensor, steps: Tensor) -> None:
-    """Multiply each of maps (lanes, maps, m, n) by grad (lanes, m, n), which is overwritten, minus its row sums.
+def _row_sums(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of x * y (lanes, m, n) over the rows, (lanes, m, 1), in the accumulation dtype."""
+    wide = accumulation_dtype(x)
+    sums: Tensor = torch.linalg.vecdot(x.to(wide), y.to(wide))
+    return sums.unsqueeze(-1)
 
-    ``steps`` (lanes, maps, m, 1) are the row sums of the first map, and how those of each other differ from the last.
+
+def _multiply_centred_(
+    maps: Sequence[Tensor], grad: Tensor, sums: Tensor, of_second: Tensor | None, lam: Tensor | None
+) -> None:
+    """Multiply each of maps (lanes, m, n) by grad (lanes, m, n), which is overwritten, minus its row sums.
+
+    Those of map * grad are ``of_second`` for the second map and, ``sums`` being those of the mixed map,
+    sums + lam of_second for the first.
     """
-    for one, step in zip(maps.unbind(1), steps.unbind(1), strict=True):
-        one.mul_(grad.sub_(step))
+    if of_second is None or lam is None:
+        maps[0].mul_(grad.sub_(sums))
+        return
+    of_first = sums + lam * of_second
+    maps[0].mul_(grad.sub_(of_first))
+    maps[1].mul_(grad.sub_(of_second - of_first))
 
 
-def _signed(x: Tensor, lam: Tensor | None) -> Tensor:
-    """(lanes, maps, ...) times 1 and -lam, the weights of the maps."""
+def _weights(lam: Tensor | None, q: Tensor) -> Tensor:
+    """1 and -lam, the weights of the maps, (maps, 1, 1, 1) in the accumulation dtype."""
+    one = torch.ones(1, 1, 1, 1, dtype=accumulation_dtype(q), device=q.device)
+    return one if lam is None else torch.cat([one, -lam.to(one.dtype).view(one.shape)])
+
+
+def _subtract(maps: Sequence[Tensor], lam: Tensor | None) -> Tensor:
+    """The one map (lanes, m, n) that multiplies the values."""
     if lam is None:
-        return x
-    return torch.stack([x[:, 0], x[:, 1] * -lam.to(x.dtype)], dim=1)
-
-
-def _subtract(maps: Tensor, lam: Tensor | None) -> Tensor:
-    """(lanes, maps, m, n) to the one map (lanes, m, n) that multiplies the values."""
-    if lam is None:
-        return maps.squeeze(1)
-    if maps.device.type == "cpu":  # where torch does not vectorise addcmul with a broadcast operand
-        return torch.sub(maps[:, 0], maps[:, 1], alpha=lam.item())
-    return torch.addcmul(maps[:, 0], maps[:, 1], lam.to(maps.dtype), value=-1)
+        return maps[0]
+    if maps[0].device.type == "cpu":  # where torch does not vectorise addcmul with a broadcast operand
+        return torch.sub(maps[0], maps[1], alpha=lam.item())
+    return torch.addcmul(maps[0], maps[1], lam.to(maps[0].dtype), value=-1)

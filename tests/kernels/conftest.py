@@ -10,6 +10,8 @@ import torch
 from largest import LargestTensor
 from torch import Tensor
 
+from trine.kernels import tiled
+
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative errors against fp64: far above the rounding of each format, far below the effect of a mistake."""
 
@@ -35,6 +37,13 @@ def run(function: Function, inputs: list[Tensor]) -> tuple[list[Tensor], list[Te
     upstream = [torch.randn(o.shape, generator=generator, dtype=torch.bfloat16).to(o) for o in outputs]
     trained = [x for x in inputs if x.requires_grad]
     return outputs, list(torch.autograd.grad(outputs, trained, upstream))
+
+
+@pytest.fixture(params=["whole rows", "running softmax"])
+def either_tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiled attention with all keys in a tile, as while they are few, and with blocks of them, as in long sequences."""
+    if request.param == "running softmax":
+        monkeypatch.setattr(tiled, "WHOLE_ROWS", 0)
 
 
 @pytest.fixture

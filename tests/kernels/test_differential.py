@@ -18,6 +18,7 @@ Check = Callable[..., None]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
+@pytest.mark.usefixtures("either_tile")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("pairs", "kv_pairs"), [(3, 3), (6, 2)])
 @pytest.mark.parametrize("length", [1, 7, 63, 130, 257])
@@ -53,6 +54,7 @@ def test_v1_is_the_difference_of_two_ordinary_attentions(randn: Randn) -> None:
     torch.testing.assert_close(output, first - 0.3 * second, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("either_tile")
 def test_v1_fewer_queries_than_keys_are_the_last_ones(randn: Randn, assert_same: Check) -> None:
     q, k, v = randn(2, 4, 70, 8), randn(2, 4, 130, 8), randn(2, 2, 130, 16)
     assert_same(differential_attention, reference.differential_attention, [q, k, v, randn()])

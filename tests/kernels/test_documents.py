@@ -35,6 +35,7 @@ def documents(request: pytest.FixtureRequest) -> list[list[int]]:
     return lengths
 
 
+@pytest.mark.usefixtures("either_tile")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("window", "value_width"), [(None, 12), (None, 20), (1, 12), (20, 12), (129, 20)])
 def test_attention_matches_the_reference(
@@ -55,6 +56,7 @@ def test_attention_matches_the_reference(
     )
 
 
+@pytest.mark.usefixtures("either_tile")
 @pytest.mark.parametrize("window", [None, 30, 90])
 @pytest.mark.parametrize("queries", [1, 70, 129])
 def test_fewer_queries_than_keys(
@@ -69,6 +71,7 @@ def test_fewer_queries_than_keys(
     )
 
 
+@pytest.mark.usefixtures("either_tile")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_differential_v1_matches_the_reference(
     randn: Randn, assert_same: Check, packed: Packed, documents: list[list[int]], dtype: torch.dtype
