@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ..kernels.adjacent import joined
 from .cross_entropy import vocabulary_loss
 from .parameters import Blueprint, Law, Section, tag
 
@@ -42,7 +45,21 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (S_local, B, input_size) -> one (S, B, rows / tensor size) tensor per section."""
         y, _ = super().forward(x)
-        return torch.split(y, self.local_rows, dim=-1)
+        sections: tuple[Tensor, ...] = _Sections.apply(y, self.local_rows)  # type: ignore[no-untyped-call]
+        return sections
+
+
+class _Sections(torch.autograd.Function):
+    """Views of y (..., rows), one per section; their gradients are joined without a copy where they are adjacent."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+        return torch.split(y, rows, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return joined(gradients), None
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
