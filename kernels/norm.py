@@ -56,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
         norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         inverse = norms.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        out = rows * inverse
+        out: Tensor = rows * inverse
         if weight is not None:
             out *= weight
         return out.view(x.shape).to(x.dtype)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..configs.ramps import StepShape, full_shape
 from ..configs.schema import Config
 from ..configs.stack import expand
+from .data_parallel import DataParallel
 from .engine_config import DTYPES
 from .fp8_control import Fp8Control
 from .microbatch import Microbatches
@@ -247,7 +248,7 @@ def _cast(chunks: list[Any], dtype: torch.dtype) -> None:
 
 def _wrap(chunks: list[Any], topology: Topology) -> list[Any]:
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    wrap = functools.partial(DistributedDataParallel, config=chunks[0].config, ddp_config=options)
+    wrap = functools.partial(DataParallel, config=chunks[0].config, ddp_config=options)
     return [wrap(module=chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 
