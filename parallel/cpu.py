@@ -13,7 +13,6 @@ Every patch, with its reason:
 ``Tensor.type()``                     the optimizers recognise parameters by ``torch.cuda.FloatTensor``
 ``tensor_parallel.random`` helpers    read and write the generator of a CUDA device
 ``clip_grads.l2_norm_impl``           a gradient norm summed in fp32 is off by 1e-5 at some million elements
-``multi_tensor_scale_impl``           clipping makes scaled gradients and copies them, in place of one pass
 ``fused_weight_gradient_mlp_cuda``    apex's extension, which adds a weight's gradient to its buffer, is for CUDA alone
 collectives of the gradient buffers   gloo copies the buffer of a rank that is alone three times, to give it the same
 ====================================  ==================================================================
@@ -117,7 +116,6 @@ def _patch_engine() -> None:
     fused = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
     _replace(layers, "fused_weight_gradient_mlp_cuda", fused)
     _replace(clip_grads, "l2_norm_impl", _l2_norm)
-    _replace(clip_grads, "multi_tensor_scale_impl", _scale)
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         _replace(buffers, name, _nothing_alone(getattr(buffers, name)))
     # With one generator for both, forking the "CUDA" state always moves the CPU's; the warning is moot here.
@@ -143,12 +141,6 @@ def _sum_of_squares(x: torch.Tensor) -> float:
     norms = torch.linalg.vector_norm(x[:whole].view(-1, _ROW), dim=-1)
     rest = torch.linalg.vector_norm(x[whole:], dtype=torch.float64)
     return float(norms.double().square().sum() + rest.square())
-
-
-def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
-    """Each tensor of the first list times ``scale`` into that of the second, as apex's ``multi_tensor_scale``."""
-    for source, target in zip(*tensor_lists, strict=True):
-        torch.mul(source, scale, out=target)
 
 
 def _nothing_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
@@ -88,9 +87,7 @@ class Engine:
         learning_rate = self._learning_rate
         if self.config.optimizer.clip_grad > 0:
             for optimizer in self.optimizers():
-                clip_grad_by_total_norm_fp32(
-                    optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm, use_decoupled_grad=False
-                )
+                optimizer.clip(self.config.optimizer.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
         self.fp8.end_step()
         self.scheduler.step(increment=1)

@@ -2,8 +2,7 @@
 
 Megatron-Core zeroes them before a step and adds every gradient. Here they are left as they are, stale, and the first
 gradient of a parameter is written over them, which saves two passes over memory; a parameter that got none by the end
-of the step is zeroed then. Where Megatron-Core's fused kernels write into the buffers, which only add, this
-is left to it.
+of the step is zeroed then. Fused kernels of other packages only add: where they are in use, Megatron-Core zeroes.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typing import Any
 import megatron.core.optimizer as engine_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -58,6 +59,9 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
                         state = {key: tensors[key].detach() for key in STATE_KEYS}
                         yield Owned(parameter, ranges["param"].start, state)
 
+    def clip(self, max_norm: float, norm: float) -> None:
+        """Scale the gradients, by the end of the next update at the latest, to ``max_norm`` if their norm is larger."""
+        clip_grad_by_total_norm_fp32(self.get_parameters(), max_norm, norm, use_decoupled_grad=False)
 
     def _fill_state(self) -> None:
         for group in self.optimizer.param_groups:
@@ -72,7 +76,8 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
 class TorchAdamOptimizer(OwningOptimizer):
     """Keeps one step count in the groups of a state dict and one per parameter in memory.
 
-    Updates in one pass (torch's fused AdamW), which the factory does not ask for: on a CPU the default makes ten.
+    Updates in one pass (torch's fused AdamW), which the factory does not ask for: on a CPU the default makes ten. The
+    same pass clips.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -82,6 +87,12 @@ class TorchAdamOptimizer(OwningOptimizer):
     def _update_in_one_pass(self) -> None:
         for group in self.optimizer.param_groups:
             group.update(fused=True, foreach=False)
+
+    def clip(self, max_norm: float, norm: float) -> None:
+        """As ``OwningOptimizer.clip``, in the next update."""
+        excess = (norm + 1e-6) / max_norm
+        # Torch's fused update divides the gradients by this.
+        self.optimizer.grad_scale = torch.tensor(excess) if excess > 1 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the parameters' own state."""
