@@ -32,3 +32,10 @@ def add_product(main_grad: Tensor, a: Tensor, b: Tensor) -> None:
         add_gradient(main_grad, torch.mm(a, b))
     else:
         torch.addmm(main_grad, a, b, beta=0 if overwrites(main_grad) else 1, out=main_grad)
+
+
+def add_rows(main_grad: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Add each of ``rows`` (n, W), of any dtype, to the row of ``main_grad`` (V, W) that ``index`` (n,) names."""
+    if overwrites(main_grad):
+        main_grad.zero_()
+    main_grad.index_add_(0, index, rows.to(main_grad.dtype))
