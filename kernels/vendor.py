@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .adjacent import adjacent, joined
+
 Vendor = Literal["apex", "Transformer Engine"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,23 +54,9 @@ def swiglu_vendor(activated: Tensor, linear: Tensor) -> Vendor | None:
     Transformer Engine wants both side by side in one tensor: as one product gives them. To join others would cost the
     pass over memory that fusing saves.
     """
-    if activated.device.type != "cuda" or activated.dtype not in DTYPES or not side_by_side(activated, linear):
+    if activated.device.type != "cuda" or activated.dtype not in DTYPES or not adjacent((activated, linear)):
         return None
     return "Transformer Engine" if has_transformer_engine() else None
-
-
-def side_by_side(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors (..., F) are the halves of one dense (..., 2F) in memory, in this order."""
-    if first.dim() < 2 or first.shape != second.shape or first.dtype != second.dtype or 0 in first.shape:
-        return False
-    strides, step = [1], 2 * first.shape[-1]
-    for size in reversed(first.shape[1:-1]):
-        strides.append(step)
-        step *= size
-    dense = (*reversed([*strides, step]),)
-    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    adjacent = second.storage_offset() - first.storage_offset() == first.shape[-1]
-    return same and adjacent and first.stride() == second.stride() == dense
 
 
 def vendor_rms_norm(vendor: Vendor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -87,7 +75,7 @@ def vendor_rms_norm(vendor: Vendor, x: Tensor, weight: Tensor, eps: float) -> Te
 
 
 def engine_swiglu(activated: Tensor, linear: Tensor) -> Tensor:
-    """silu(activated) * linear by Transformer Engine, of two tensors that are ``side_by_side``.
+    """silu(activated) * linear by Transformer Engine, of two tensors that are ``adjacent``.
 
     The product is taken in fp32 and rounded once, where torch rounds silu first.
     """
@@ -146,22 +134,19 @@ class _EngineSwiglu(torch.autograd.Function):
     def forward(ctx: Any, activated: Tensor, linear: Tensor) -> Tensor:
         extension, _ = _engine()
         ctx.save_for_backward(activated, linear)
-        return extension.swiglu(_joined(activated, linear), None).view(activated.shape)  # type: ignore[no-any-return]
+        return extension.swiglu(_rows(activated, linear), None).view(activated.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
         extension, _ = _engine()
-        joined = _joined(*ctx.saved_tensors)
+        inputs = _rows(*ctx.saved_tensors)
         dense = upstream.reshape(-1, upstream.shape[-1]).contiguous()
-        grads = extension.dswiglu(dense, joined, None).view(*upstream.shape[:-1], -1)
+        grads = extension.dswiglu(dense, inputs, None).view(*upstream.shape[:-1], -1)
         first, second = grads.chunk(2, dim=-1)
         return first, second
 
 
-def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """(N, 2 F) of two tensors (..., F), without a copy where they are still side by side."""
-    width = 2 * first.shape[-1]
-    if side_by_side(first, second):
-        return first.as_strided((first.numel() * 2 // width, width), (width, 1))
-    return torch.cat((first, second), dim=-1).view(-1, width)
+def _rows(first: Tensor, second: Tensor) -> Tensor:
+    """(N, 2 F) of two tensors (..., F), without a copy where they are still adjacent."""
+    return joined((first, second)).view(-1, 2 * first.shape[-1])

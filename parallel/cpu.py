@@ -13,7 +13,7 @@ Every patch, with its reason:
 ``Tensor.type()``                     the optimizers recognise parameters by ``torch.cuda.FloatTensor``
 ``tensor_parallel.random`` helpers    read and write the generator of a CUDA device
 ``clip_grads.l2_norm_impl``           a gradient norm summed in fp32 is off by 1e-5 at some million elements
-``multi_tensor_scale_impl``           clipping makes scaled gradients and copies them, in place of one pass
+``fused_weight_gradient_mlp_cuda``    apex's extension, which adds a weight's gradient to its buffer, is for CUDA alone
 collectives of the gradient buffers   gloo copies the buffer of a rank that is alone three times, to give it the same
 ====================================  ==================================================================
 """
@@ -32,6 +32,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from .main_gradients import add_product
 
 _CPU = torch.device("cpu")
 _ENGINE = "megatron.core"
@@ -81,9 +83,12 @@ def uninstall() -> None:
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
-    original = getattr(owner, name)
+    if not hasattr(owner, name):
+        _undo.append(lambda: delattr(owner, name))
+    else:
+        original = getattr(owner, name)
+        _undo.append(lambda: setattr(owner, name, original))
     setattr(owner, name, value)
-    _undo.append(lambda: setattr(owner, name, original))
 
 
 def _patch_methods() -> None:
@@ -102,17 +107,25 @@ def _patch_methods() -> None:
 def _patch_engine() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.tensor_parallel.layers as layers
     import megatron.core.tensor_parallel.random as random
 
     _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     _replace(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    # Linear maps use it where they are told to, as ``data_parallel`` does.
+    fused = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
+    _replace(layers, "fused_weight_gradient_mlp_cuda", fused)
     _replace(clip_grads, "l2_norm_impl", _l2_norm)
-    _replace(clip_grads, "multi_tensor_scale_impl", _scale)
     for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
         _replace(buffers, name, _nothing_alone(getattr(buffers, name)))
     # With one generator for both, forking the "CUDA" state always moves the CPU's; the warning is moot here.
     logging.getLogger(random.__name__).addFilter(_drop_generator_warning)
     _undo.append(lambda: logging.getLogger(random.__name__).removeFilter(_drop_generator_warning))
+
+
+def _add_weight_gradient(x: torch.Tensor, dy: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """Add dy^T x, of x (T, K) and dy (T, N), to ``main_grad`` (N, K) fp32."""
+    add_product(main_grad, dy.mT, x)
 
 
 def _l2_norm(
@@ -128,12 +141,6 @@ def _sum_of_squares(x: torch.Tensor) -> float:
     norms = torch.linalg.vector_norm(x[:whole].view(-1, _ROW), dim=-1)
     rest = torch.linalg.vector_norm(x[whole:], dtype=torch.float64)
     return float(norms.double().square().sum() + rest.square())
-
-
-def _scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
-    """Each tensor of the first list times ``scale`` into that of the second, as apex's ``multi_tensor_scale``."""
-    for source, target in zip(*tensor_lists, strict=True):
-        torch.mul(source, scale, out=target)
 
 
 def _nothing_alone(collective: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from ..kernels.cross_entropy import (
     losses,
 )
 from ..kernels.precision import accumulation_dtype
+from .main_gradients import add_gradient
 
 
 def vocabulary_loss(
@@ -45,7 +46,8 @@ def vocabulary_loss(
     Each rank keeps, from the forward to the backward pass, the gradients of x (S, B, W) and of ``weight``, the second
     in fp32 where it is a sum over chunks, and nothing of size S x B x V. One collective of three numbers per token and
     rank is all that a chunk's softmax needs; x is gathered once, and its gradient is summed over ranks in the backward
-    pass. Differentiable in x and weight, for one backward pass. Without gradients, only the loss is computed.
+    pass. Differentiable in x and weight, for one backward pass; a weight's gradient is added to its ``main_grad`` where
+    it has one. Without gradients, only the loss is computed.
     """
     if not torch.is_grad_enabled():
         x, weight = x.detach(), weight.detach()  # or the function below would make gradients all the same
@@ -67,7 +69,7 @@ class _VocabularyLoss(torch.autograd.Function):
         chunk: int | None,
     ) -> Tensor:
         ctx.group, ctx.sequence_parallel = group, sequence_parallel and group.size() > 1
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(weight)
         whole = _gathered(x, group) if ctx.sequence_parallel else x
         tokens, targets = whole.reshape(-1, x.shape[-1]), labels.reshape(-1)
         needs_dx, needs_dw, *_ = ctx.needs_input_grad
@@ -90,10 +92,14 @@ class _VocabularyLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the vocabulary's loss keeps its gradients for one backward pass; call forward again")
         (dx, dw), ctx.gradients = ctx.gradients, None
+        (weight,) = ctx.saved_tensors
         if dx is not None:
             dx = _summed(dx.mul_(upstream), ctx.group, ctx.sequence_parallel)
-        if dw is not None:
-            dw = dw.mul_(upstream).to(ctx.weight_dtype)
+        if dw is not None and hasattr(weight, "main_grad"):
+            add_gradient(weight.main_grad, dw.mul_(upstream))
+            dw = None
+        elif dw is not None:
+            dw = dw.mul_(upstream).to(weight.dtype)
         return dx, dw, None, None, None, None
 
 

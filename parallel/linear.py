@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
+from ..kernels.adjacent import joined
+from ..kernels.cross_entropy import labels_of_part
 from .cross_entropy import vocabulary_loss
+from .main_gradients import add_rows
 from .parameters import Blueprint, Law, Section, tag
 
 
@@ -42,7 +52,21 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (S_local, B, input_size) -> one (S, B, rows / tensor size) tensor per section."""
         y, _ = super().forward(x)
-        return torch.split(y, self.local_rows, dim=-1)
+        sections: tuple[Tensor, ...] = _Sections.apply(y, self.local_rows)  # type: ignore[no-untyped-call]
+        return sections
+
+
+class _Sections(torch.autograd.Function):
+    """Views of y (..., rows), one per section; their gradients are joined without a copy where they are adjacent."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+        return torch.split(y, rows, dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return joined(gradients), None
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
@@ -78,8 +102,34 @@ class Embedding(VocabParallelEmbedding):  # type: ignore[misc]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens (B, S) -> (S_local, B, width)."""
-        out: Tensor = super().forward(tokens)
-        return out if self.reduce_scatter_embeddings else out.transpose(0, 1).contiguous()
+        local = labels_of_part(tokens.mT, self.vocab_start_index, self.num_embeddings_per_partition)
+        part: Tensor = _Rows.apply(self.weight, *local)  # type: ignore[no-untyped-call]
+        scattered = self.reduce_scatter_embeddings
+        summed = reduce_scatter_to_sequence_parallel_region if scattered else reduce_from_tensor_model_parallel_region
+        out: Tensor = summed(part, group=self.tp_group)
+        return out
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of a weight (V, W) by index, 0 where ``here`` says that another part of the vocabulary has them.
+
+    The gradient is added to the weight's ``main_grad`` where it has one: no tensor of V x W is made for some rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, index: Tensor, here: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, index, here)
+        return functional.embedding(index, weight).masked_fill_(~here.unsqueeze(-1), 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
+        weight, index, here = ctx.saved_tensors
+        rows = upstream.masked_fill(~here.unsqueeze(-1), 0.0).reshape(-1, weight.shape[1])
+        if hasattr(weight, "main_grad"):
+            add_rows(weight.main_grad, index.flatten(), rows)
+            return None, None, None
+        return torch.zeros_like(weight).index_add_(0, index.flatten(), rows), None, None
 
 
 class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
@@ -105,7 +155,7 @@ class OutputLayer(ColumnParallelLinear):  # type: ignore[misc]
         """Mean cross entropy of the logits that ``forward`` would give, whose whole is never made.
 
         x (S_local, B, width), labels (S, B) -> a scalar in fp32, the same on every tensor rank. The weight's gradient
-        comes through autograd, whatever ``gradient_accumulation_fusion`` says.
+        is added to its ``main_grad`` where it has one, whatever ``gradient_accumulation_fusion`` says.
         """
         weight = self.weight if weight is None else weight
         return vocabulary_loss(x, weight, labels, self.tp_group, sequence_parallel=self.sequence_parallel)

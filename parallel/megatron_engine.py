@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from ..configs.ramps import StepShape
 from ..configs.schema import Config
 from ..configs.stack import expand
+from .data_parallel import DataParallel
 from .engine import Engine, Owned, make_schedule
 from .engine_config import DTYPES
 from .microbatch import Microbatches
@@ -99,9 +99,7 @@ class MegatronEngine(Engine):
     def _update(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad > 0:
             for optimizer in self._optimizers():
-                clip_grad_by_total_norm_fp32(
-                    optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm, use_decoupled_grad=False
-                )
+                optimizer.clip(self.config.optimizer.clip_grad, grad_norm)
         self.optimizer.step_with_ready_grads()
 
     def _run(self, microbatches: Microbatches, num_microbatches: int, shape: StepShape, *, forward_only: bool) -> float:
@@ -173,7 +171,7 @@ class MegatronEngine(Engine):
 
 def _wrap(chunks: list[Any], topology: Topology) -> list[Any]:
     options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    wrap = functools.partial(DistributedDataParallel, config=chunks[0].config, ddp_config=options)
+    wrap = functools.partial(DataParallel, config=chunks[0].config, ddp_config=options)
     return [wrap(module=chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import megatron.core.optimizer as engine_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from .engine import STATE_KEYS, Owned
@@ -49,6 +50,10 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
         for group in self.optimizer.param_groups:
             group["step"] = count
 
+    def clip(self, max_norm: float, norm: float) -> None:
+        """Scale the gradients, by the end of the next update at the latest, to ``max_norm`` if their norm is larger."""
+        clip_grad_by_total_norm_fp32(self.get_parameters(), max_norm, norm, use_decoupled_grad=False)
+
     def _fill_state(self) -> None:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
@@ -62,13 +67,20 @@ class OwningOptimizer(distrib_optimizer.DistributedOptimizer):  # type: ignore[m
 class TorchAdamOptimizer(OwningOptimizer):
     """Keeps a step count per parameter.
 
-    Updates in one pass (torch's fused AdamW), which the factory does not ask for: on a CPU the default makes ten.
+    Updates in one pass (torch's fused AdamW), which the factory does not ask for: on a CPU the default makes ten. The
+    same pass clips.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for group in self.optimizer.param_groups:
             group.update(fused=True, foreach=False)
+
+    def clip(self, max_norm: float, norm: float) -> None:
+        """As ``OwningOptimizer.clip``, in the next update."""
+        excess = (norm + 1e-6) / max_norm
+        # Torch's fused update divides the gradients by this.
+        self.optimizer.grad_scale = torch.tensor(excess) if excess > 1 else None
 
     @property
     def updates(self) -> int:

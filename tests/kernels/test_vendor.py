@@ -182,24 +182,6 @@ def test_swiglu_of_kept_tensors_that_were_moved(install: Install, randn: Randn) 
         torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
-def test_side_by_side() -> None:
-    joined = torch.randn(3, 2, 10)
-    first, second = halves(joined)
-    assert vendor.side_by_side(first, second)
-    assert vendor.side_by_side(*halves(joined[1:]))
-    assert vendor.side_by_side(*halves(joined[0]))
-    for a, b in (
-        (second, first),
-        (first, second.clone()),
-        halves(joined[:, :1]),
-        halves(joined.transpose(0, 1)),
-        halves(joined[..., :8]),
-        (joined[..., :4], joined[..., 4:9]),
-        halves(joined[0, 0]),
-    ):
-        assert not vendor.side_by_side(a, b)
-
-
 @pytest.mark.parametrize(
     ("device", "modules", "expected"),
     [
