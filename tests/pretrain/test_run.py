@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import subprocess
 import time
@@ -141,6 +142,31 @@ def test_a_run_continues_under_another_layout(
     assert [m["consumed_samples"] for m in ours] == [m["consumed_samples"] for m in theirs]
     assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], rel=1e-4)
     assert evaluations[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-4)
+
+
+def test_a_run_continues_with_another_engine(
+    finished: tuple[Path, str], trine: Any, recipe: Path, tmp_path: Path, metrics_of: Any
+) -> None:
+    """Begun by DeepSpeed with everything divided, continued by Megatron-Core in pipeline stages: weights, moments and
+    schedule are handed over, and what is reported is that of the run that never stopped. Losses within 1e-4, as above."""
+    run = ["pretrain", recipe, f"run.directory={tmp_path}"]
+    zero = ["engine=deepspeed", "deepspeed.zero_optimization={stage: 3, stage3_param_persistence_threshold: 0}"]
+    begun = trine(*run, "train.steps=4", "parallel.pipeline=1", *zero, "--nproc", 2)
+    assert begun.returncode == 0, begun.stderr
+    assert "ZeRO stage 3: all divided" in begun.stderr
+    continued = trine(*run)
+    assert continued.returncode == 0, continued.stderr
+    assert (
+        "step-00000004 was saved with engine=deepspeed: engine=megatron goes on with its weights, its optimizer state "
+        "and its schedule" in continued.stderr
+    )
+    (ours, evaluations), (theirs, expected) = metrics_of(tmp_path), metrics_of(finished[0])
+    for name in ("step", "lr", "consumed_samples"):
+        assert [m[name] for m in ours] == [m[name] for m in theirs]
+    assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], rel=1e-4)
+    assert evaluations[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-4)
+    log = (tmp_path / "logs" / "rank-1.log").read_text()
+    assert not re.search(r"torch\.distributed\.\w+. is deprecated|cannot find", log), log
 
 
 def test_context_and_data_ranks_train_and_evaluate_as_one_process(

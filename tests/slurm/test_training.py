@@ -23,6 +23,15 @@ def test_eight_ranks_on_two_nodes_train_as_one_process(cluster: Cluster, new_run
     run.assert_same_as(whole, steps=4)
 
 
+def test_deepspeed_trains_over_nodes_as_one_process(cluster: Cluster, new_run: NewRun, whole: Run) -> None:
+    run = new_run("deepspeed")
+    zero = ("engine=deepspeed", "deepspeed.zero_optimization.stage=3", "parallel.tensor=2", "parallel.sequence=true")
+    (job,) = run.submit("train.steps=4", *zero, *SIZE, "4")
+    assert ended_well(cluster.wait_for(job, seconds=LIFE_S), restarts=0), run.log()
+    assert "layout      8 ranks: tensor 2, data 4 with sequence parallelism" in run.log()
+    run.assert_same_as(whole, steps=4)
+
+
 def test_a_run_that_is_warned_saves_and_is_continued(cluster: Cluster, new_run: NewRun, whole: Run) -> None:
     run = new_run("warned")
     (job,) = run.submit(*LAYOUT, *SIZE, "2")
