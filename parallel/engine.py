@@ -146,7 +146,7 @@ class Engine:
         self.optimizer.zero_grad()
         shape = shape or full_shape(self.config.train)
         num_microbatches = self.num_microbatches(shape.samples)
-        self.fp8.begin_step(num_microbatches)
+        self.fp8.begin_step(shape.tokens)
         return self._run(microbatches, num_microbatches, shape, forward_only=False)
 
     @torch.no_grad()

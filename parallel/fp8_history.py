@@ -20,9 +20,9 @@ History = list[list[float]]
 class Histories:
     """The histories of all linear maps of this rank. All ranks that hold a layer have the same.
 
-    Gradients are those of a mean over microbatches and data ranks, of which each microbatch gets its part: the more
-    microbatches a rank has, the smaller they are. What is kept is in units that this does not change, so that a run
-    may go on under another layout, or with another batch.
+    Gradients are those of the mean over a rank's tokens of a step, of which each token gets its part: the more tokens a
+    rank has, in whatever microbatches, the smaller they are. What is kept is in units that this does not change, so that
+    a run may go on under another layout, with other microbatches, or with another batch.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Histories:
     def begin_step(self, gradient_unit: float) -> None:
         """Begin to note, in place of what an evaluation or a step that does not count has left.
 
-        ``gradient_unit`` is what the gradients of this step's microbatches are proportional to.
+        ``gradient_unit`` is what the gradients of this step's tokens are proportional to.
         """
         self._seen.zero_()
         self._units[ROLES.index("gradient")] = gradient_unit

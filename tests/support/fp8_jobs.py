@@ -15,13 +15,16 @@ from trine.parallel.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
 from trine.pretrain.parity import batch_of_step, joined_engine, take_steps
 
 
-def magnitudes(rank: int, world_size: int, *, config: dict[str, Any]) -> dict[str, Any]:
-    """The histories of the whole model after one step."""
+def magnitudes(
+    rank: int, world_size: int, *, config: dict[str, Any], state: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The histories of the whole model after one step, going on from those of ``state``."""
     with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+        engine.fp8.restore(state)
         engine.train_step(batch_of_step(engine, 0))
-        state = engine.fp8.state()
-    assert state is not None
-    return state
+        after = engine.fp8.state()
+    assert after is not None
+    return after
 
 
 def eight_bit_weights(rank: int, world_size: int, *, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
