@@ -76,6 +76,7 @@ def test_the_triton_backend_runs_triton(randn: Callable[..., Tensor]) -> None:
     calls = [
         lambda b: attention(q, k, v, window=5, backend=b),
         lambda b: differential_attention(q, k, v[:, :1], lam, head_norm=norm, backend=b),
+        lambda b: differential_attention(q, k, v[:, :1], lam, window=5, head_norm=norm, backend=b),
         lambda b: differential_attention_v2(q, k[:, :1], v[:, :1], lam.expand(1, 2, 19), backend=b),
         lambda b: retention(k, k, v, fixed_decay_log(2).to(device), backend=b)[0],
     ]
@@ -93,8 +94,12 @@ def test_the_reference_backend_runs_the_reference(randn: Callable[..., Tensor]) 
         reference.differential_attention(q, k, v[:, :1], lam[0, 0, 0]),
     )
     assert torch.equal(
-        differential_attention_v2(q, k, v, lam, backend="reference"),
-        reference.differential_attention_v2(q, k, v, lam),
+        differential_attention(q, k, v[:, :1], lam[0, 0, 0], window=3, backend="reference"),
+        reference.differential_attention(q, k, v[:, :1], lam[0, 0, 0], 3),
+    )
+    assert torch.equal(
+        differential_attention_v2(q, k, v, lam, window=3, backend="reference"),
+        reference.differential_attention_v2(q, k, v, lam, 3),
     )
     decay = fixed_decay_log(2)
     for result, expected in zip(
