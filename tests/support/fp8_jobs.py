@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 
 from trine.configs.errors import UsageError
 from trine.configs.schema import Config
+from trine.models import decoder
 from trine.parallel import fp8_linear
 from trine.parallel.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
+from trine.parallel.linear import ColumnLinear, RowLinear
 from trine.pretrain.parity import batch_of_step, joined_engine, take_steps
 
 
@@ -46,6 +50,35 @@ def without_rounding(rank: int, world_size: int, *, config: dict[str, Any], step
         patch.setattr(quantise, "_rounded", lambda x, dtype: x)
         with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
             return take_steps(engine, steps)
+
+
+def calls_in_the_context(rank: int, world_size: int, *, config: dict[str, Any]) -> dict[bool, int]:
+    """How many calls of linear maps in a step are inside, True, and outside of what the maps must be called in."""
+    depth, calls = 0, {True: 0, False: 0}
+
+    @contextmanager
+    def marker(*_: object) -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        try:
+            yield
+        finally:
+            depth -= 1
+
+    def noting(forward: Any) -> Any:
+        def noted(module: Any, x: torch.Tensor) -> Any:
+            calls[depth > 0] += 1
+            return forward(module, x)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "linears_context", marker)
+        for kind in (ColumnLinear, RowLinear):
+            patch.setattr(kind, "forward", noting(kind.forward))
+        with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+            engine.train_step(batch_of_step(engine, 0))
+    return calls
 
 
 def quantisations_of_weights(rank: int, world_size: int, *, config: dict[str, Any]) -> list[int]:
