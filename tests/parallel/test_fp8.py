@@ -23,6 +23,7 @@ from trine.launch.pool import RankPool
 from trine.parallel import fp8_checks
 from trine.parallel.engine_config import engine_config
 from trine.parallel.fp8_checks import check_fp8_machine
+from trine.parallel.fp8_history import LENGTH
 from trine.parallel.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
 from trine.parallel.linear import ColumnLinear, RowLinear
 from trine.parallel.linears import linears_of
@@ -201,6 +202,23 @@ def test_delayed_scaling_resumes_bit_for_bit(ranks: RankPool, tmp_path: Path) ->
     assert staged[0]["losses"] == pytest.approx(through["losses"][2:], rel=1e-6)
     (anew,) = train(ranks, EVEN, **{**more, "precision": fp8("tensorwise")}, steps=2, load=str(tmp_path))
     assert anew["losses"] == pytest.approx(through["losses"][2:], rel=5e-3)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2+sp"])
+def test_a_history_of_zeros_is_none(ranks: RankPool, layout: str) -> None:
+    """As a map has one whose gradient was zero so far: a scale of 1 would make zeros of all that is small."""
+    world_size, config = raw(EVEN, layout, **EVEN_SIZES, precision=fp8("delayed"))
+    expected = ranks.run("fp8_jobs:magnitudes", world_size, config=config)
+    zeros = {name: [[0.0] * LENGTH for _ in roles] for name, roles in expected[0].items()}
+    assert ranks.run("fp8_jobs:magnitudes", world_size, config=config, state=zeros) == expected
+
+
+def test_magnitudes_are_asked_of_other_ranks_while_there_is_no_past(ranks: RankPool) -> None:
+    """A step more than has none, because the host knows of a past one step late."""
+    world_size, config = raw(EVEN, "tp2+sp", **EVEN_SIZES, precision=fp8("delayed"))
+    for first, second, *later in ranks.run("fp8_jobs:maxima_over_ranks", world_size, config=config, steps=4):
+        assert first == second > 0
+        assert later == [0, 0]
 
 
 @pytest.mark.parametrize(("before", "after"), [(fp8(), {}), ({}, fp8("delayed")), (fp8("delayed"), {})])

@@ -81,6 +81,19 @@ def calls_in_the_context(rank: int, world_size: int, *, config: dict[str, Any]) 
     return calls
 
 
+def maxima_over_ranks(rank: int, world_size: int, *, config: dict[str, Any], steps: int) -> list[int]:
+    """How often a map's magnitude is made one over ranks in each of the first steps."""
+    counts: list[int] = []
+    with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+        for step in range(steps):
+            with _count(fp8_linear.dist, "all_reduce", lambda _: True) as calls:
+                engine.compute_gradients(batch_of_step(engine, step))
+            # The sums of row-parallel maps, of gradients and of losses are those of every step.
+            counts.append(len(calls))
+            engine.update(engine.gradient_norm())
+    return [count - counts[-1] for count in counts]
+
+
 def quantisations_of_weights(rank: int, world_size: int, *, config: dict[str, Any]) -> list[int]:
     """How often operands of weights are made in a step of several microbatches, in the next, and in an evaluation."""
     counts: list[int] = []
@@ -149,17 +162,17 @@ def spoilt(rank: int, world_size: int, *, config: dict[str, Any]) -> list[float]
 
 
 class _count:
-    def __init__(self, owner: type, name: str, counts: Any) -> None:
+    def __init__(self, owner: Any, name: str, counts: Any) -> None:
         self._owner, self._name, self._counts = owner, name, counts
         self.calls: list[int] = []
 
     def __enter__(self) -> list[int]:
         original = self._original = getattr(self._owner, self._name)
 
-        def wrapper(*arguments: Any) -> Any:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
             if self._counts(arguments):
                 self.calls.append(1)
-            return original(*arguments)
+            return original(*arguments, **options)
 
         setattr(self._owner, self._name, wrapper)
         return self.calls
