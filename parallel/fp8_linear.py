@@ -119,7 +119,7 @@ class Fp8Product:
         if histories is None:
             return own
         past = histories.in_force[self._index, role]
-        # A past magnitude would hide an inf or NaN of now, which must show in the result; without one there is no scale.
+        # A past magnitude would hide an inf or NaN of now, which must show in the result; one of 0 gives no scale.
         return torch.where(own.isinf() | (past == 0), own, past)
 
 
