@@ -34,7 +34,8 @@ def check_softmax(
     if not _fit(q, k, v):
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise UsageError(
-            f"{operation} got {shapes}; use (B, heads, Tq, d), (B, heads, Tk, d) and (B, heads, Tk >= Tq, dv), none of them 0"
+            f"{operation} got {shapes}; use (B, heads, Tq, d), (B, heads, Tk, d) and (B, heads, Tk >= Tq, dv), none of "
+            "them 0"
         )
     check_one_dtype(operation, q, k, v)
     if k.shape[1] != heads.keys * v.shape[1] or q.shape[1] % (heads.queries * v.shape[1]):

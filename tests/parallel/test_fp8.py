@@ -19,6 +19,7 @@ from trine.configs.errors import UsageError
 from trine.configs.layouts import parse_layout, under_layout
 from trine.configs.linear_widths import linear_widths
 from trine.configs.schema import Config, Fp8
+from trine.kernels.fp8.formats import SCALINGS
 from trine.launch.pool import RankPool
 from trine.parallel import fp8_checks
 from trine.parallel.engine_config import engine_config
@@ -317,10 +318,54 @@ def test_transformer_engine_that_cannot_be_imported_is_refused(ranks: RankPool, 
 
     monkeypatch.setattr(fp8_checks.importlib, "import_module", broken)
     with pytest.raises(UsageError) as refused:
-        check_fp8_machine(machine("delayed", "te"), torch.device("cpu"))
+        check_fp8_machine(machine("delayed", "te"), torch.device("cuda", 0))
     assert str(refused.value) == (
         "precision.fp8.backend=te needs Transformer Engine, which cannot be imported here (cudnn shared object not "
         "found.): use precision.fp8.backend=scaled_mm or emulate"
+    )
+
+
+class TransformerEngine:
+    """In place of the package: says of each recipe whether this GPU has it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: tuple[bool, str]) -> None:
+        manager = SimpleNamespace(**{f"is_{name}_available": lambda answer=answer: answer for name, answer in answers.items()})
+        modules = {
+            "transformer_engine.pytorch": SimpleNamespace(),
+            "transformer_engine.pytorch.fp8": SimpleNamespace(FP8GlobalStateManager=manager),
+        }
+        monkeypatch.setattr(fp8_checks.importlib, "import_module", modules.__getitem__)
+
+
+@pytest.mark.parametrize("recipe", SCALINGS)
+def test_transformer_engine_is_asked_for_the_recipe(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"blockwise": "fp8_block_scaling", "mxfp8": "mxfp8"}.get(recipe, "fp8")
+    answers = dict.fromkeys(("fp8", "mxfp8", "fp8_block_scaling"), (True, ""))
+    TransformerEngine(monkeypatch, **answers)
+    check_fp8_machine(machine(recipe, "te"), torch.device("cuda", 0))
+    TransformerEngine(monkeypatch, **answers | {asked: (False, "Device compute capability 10.0 or higher required.")})
+    with pytest.raises(UsageError) as refused:
+        check_fp8_machine(machine(recipe, "te"), torch.device("cuda", 0))
+    remedy = "precision.fp8.recipe=tensorwise or " if recipe in ("blockwise", "mxfp8") else ""
+    assert str(refused.value) == (
+        f"precision.fp8.recipe={recipe} is not what Transformer Engine can do on this GPU with precision.fp8.backend=te "
+        f"(Device compute capability 10.0 or higher required): use {remedy}precision.fp8.backend=emulate"
+    )
+
+
+def test_an_old_transformer_engine_without_the_recipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    TransformerEngine(monkeypatch, fp8=(True, ""))
+    with pytest.raises(UsageError, match=r"recipe=mxfp8 is not what .* \(it has no is_mxfp8_available\): use"):
+        check_fp8_machine(machine("mxfp8", "te"), torch.device("cuda", 0))
+
+
+def test_transformer_engine_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    TransformerEngine(monkeypatch, fp8=(True, ""))
+    with pytest.raises(UsageError) as refused:
+        check_fp8_machine(machine("delayed", "te"), torch.device("cpu"))
+    assert str(refused.value) == (
+        "precision.fp8.backend=te multiplies on GPUs alone, and this rank has none: use precision.fp8.backend=scaled_mm "
+        "or emulate"
     )
 
 
