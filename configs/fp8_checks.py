@@ -27,8 +27,8 @@ def check_fp8(config: Config) -> None:
         )
     if fp8.backend == "te" and fp8.recipe == "delayed" and config.train.recompute == "full":
         raise UsageError(
-            "precision.fp8.recipe=delayed with precision.fp8.backend=te notes the magnitudes of recomputed layers twice, "
-            "and train.recompute=full: use train.recompute=selective, or precision.fp8.recipe=tensorwise"
+            "precision.fp8.recipe=delayed with precision.fp8.backend=te notes the magnitudes of recomputed layers "
+            "twice, and train.recompute=full: use train.recompute=selective, or precision.fp8.recipe=tensorwise"
         )
     _check_kept_layers(config, fp8)
     unit = BLOCKS.get(fp8.recipe, 1 if fp8.backend == "emulate" else HARDWARE_UNIT)

@@ -12,7 +12,7 @@ from trine.configs.errors import UsageError
 from trine.kernels import reference
 from trine.kernels.attention import attention
 from trine.kernels.differential import differential_attention, differential_attention_v2
-from trine.kernels.dispatch import explain, resolve
+from trine.kernels.dispatch import check, explain, resolve
 from trine.kernels.norm import HeadNorm
 from trine.kernels.retention import fixed_decay_log, retention
 
@@ -55,6 +55,25 @@ def test_without_triton_there_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "since the package triton is not installed" in explain("auto", GPU)
     with pytest.raises(UsageError, match="triton is not installed"):
         resolve("triton", GPU, takes_all)
+
+
+def test_a_bad_file_of_tiles_is_named_before_a_kernel_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRINE_TILES", "none.json")
+    for backend, device in (("auto", GPU), ("triton", GPU), ("triton", CPU)):
+        with pytest.raises(UsageError, match=r"TRINE_TILES=none\.json cannot be read"):
+            check(backend, device)  # type: ignore[arg-type]
+    for backend, device in (("auto", CPU), ("torch", GPU), ("reference", GPU)):
+        check(backend, device)  # type: ignore[arg-type]
+
+
+def test_triton_says_what_does_not_take_a_shape() -> None:
+    q, v = torch.ones(1, 2, 3, 264), torch.ones(1, 2, 3, 16)
+    with pytest.raises(UsageError) as refused:
+        attention(q, q, v, backend="triton")
+    assert str(refused.value) == (
+        "kernels.backend=triton: the fused kernels take a width d of 8 to 256 in steps of 8, not 264; use auto, which "
+        "takes torch in such a case"
+    )
 
 
 def test_an_unknown_backend_is_named() -> None:
