@@ -94,5 +94,5 @@ def _shared_units(model: Model, index: int, segment: SharedKVSegment) -> tuple[s
             break
         if isinstance(reader, DifferentialCrossAttentionSegment):
             pairs = pairs_of(segment.shared_kv)
-            return f"{name} ({pairs} pairs)", pairs
+            return f"{name} ({pairs} pair{'s' if pairs > 1 else ''})", pairs
     return name, kv_heads

@@ -25,6 +25,11 @@ def check_fp8(config: Config) -> None:
             f"precision.fp8.backend={fp8.backend} computes in bf16 beside its 8-bit products, and "
             "precision.compute=fp32: use precision.compute=bf16, or precision.fp8.backend=emulate"
         )
+    if fp8.backend == "te" and fp8.recipe == "delayed" and config.train.recompute == "full":
+        raise UsageError(
+            "precision.fp8.recipe=delayed with precision.fp8.backend=te notes the magnitudes of recomputed layers "
+            "twice, and train.recompute=full: use train.recompute=selective, or precision.fp8.recipe=tensorwise"
+        )
     _check_kept_layers(config, fp8)
     unit = BLOCKS.get(fp8.recipe, 1 if fp8.backend == "emulate" else HARDWARE_UNIT)
     if unit > 1:
@@ -46,13 +51,13 @@ def _check_widths(config: Config, fp8: Fp8, unit: int) -> None:
     for width in linear_widths(config.model):
         ranks = config.parallel.tensor if width.divided else 1
         local = width.size // ranks
-        if local % unit == 0 or (width.narrow and fp8.backend != "te"):
+        if local % unit == 0 or (width.narrow and fp8.backend != "te"):  # the others fill narrow rows up
             continue
         share = f" over parallel.tensor={ranks} is {local} per rank, which" if ranks > 1 else ""
         size = "" if f"={width.size}" in width.name else f" ({width.size} wide)"
         raise UsageError(
             f"{width.name}{size}{share} is not a multiple of {unit}, as {_wanted_by(fp8)} needs: "
-            f"use {nearest_multiples(width.size, unit * ranks)}{_otherwise(fp8)}"
+            f"use {nearest_multiples(width.size, unit * ranks)}{_otherwise(fp8, width.narrow)}"
         )
 
 
@@ -77,5 +82,7 @@ def _wanted_by(fp8: Fp8) -> str:
     return f"precision.fp8.backend={fp8.backend}"
 
 
-def _otherwise(fp8: Fp8) -> str:
+def _otherwise(fp8: Fp8, narrow: bool = False) -> str:
+    if narrow:
+        return ", or precision.fp8.backend=scaled_mm"
     return ", or precision.fp8.recipe=tensorwise" if fp8.recipe in BLOCKS else ", or precision.fp8.backend=emulate"

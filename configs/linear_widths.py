@@ -45,8 +45,11 @@ def linear_widths(model: Model) -> Iterator[Width]:
             continue
         width = shared_width if isinstance(segment, CrossSegment) else segment.width(model.hidden_size)
         for what, size in _projections(segment, width).items():
-            name = f"the {what} of model.stack.{index} ({segment.mixer})"
-            yield Width(name, size, narrow=what in ("decay", "lambda"))
+            if narrow := what in ("decay", "lambda"):
+                name = f"model.stack.{index}.heads={size}, the width of its {what},"
+            else:
+                name = f"the {what} of model.stack.{index} ({segment.mixer})"
+            yield Width(name, size, narrow=narrow)
 
 
 def _projections(segment: AnyMixerSegment, width: int) -> dict[str, int]:

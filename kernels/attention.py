@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..configs.errors import UsageError
 from . import reference
 from .dispatch import Backend, resolve
+from .shapes import ATTENTION, check_softmax
 from .tiled import tiled_attention
 
 
@@ -32,10 +31,9 @@ def attention(
     ``document_start`` (B, Tq) int64 keeps packed documents apart: for each query the index among the Tk keys
     of the first token of its document, 0 or less where that is the first key or lies before it. A query then
     sees nothing before that key. The starts do not decrease along Tq, and none lies after its own query.
-    Raises UsageError for shapes that do not fit.
+    Raises UsageError for shapes and dtypes that do not fit, and for empty tensors.
     """
-    _check(q, k, v, window)
-    check_document_start(document_start, q)
+    check_softmax(ATTENTION, q, k, v, window=window, document_start=document_start)
     length = k.shape[2]
     sees_all = window is None or window >= length
     window = None if sees_all else window
@@ -63,28 +61,3 @@ def fused_refusal(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], str | None]:
         return unsupported(q, k, v)
 
     return reason
-
-
-def check_document_start(document_start: Tensor | None, q: Tensor) -> None:
-    """Raises UsageError for anything but int64 (B, Tq) or None, for queries ``q`` (B, H, Tq, d)."""
-    if document_start is None:
-        return
-    if document_start.shape != (q.shape[0], q.shape[2]) or document_start.dtype != torch.int64:
-        got = f"{document_start.dtype} of shape {tuple(document_start.shape)}"
-        raise UsageError(
-            f"attention got document_start {got} for q {tuple(q.shape)}; use torch.int64 of shape (B, Tq)"
-        )
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
-    if k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1] or q.shape[2] > k.shape[2]:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise UsageError(
-            f"attention got {shapes}; use (B, H, Tq, d), (B, Hkv, Tk, d), (B, Hkv, Tk >= Tq, dv)"
-        )
-    if q.shape[1] % k.shape[1]:
-        raise UsageError(
-            f"attention got {q.shape[1]} query heads; use a multiple of {k.shape[1]}, its K,V heads"
-        )
-    if window is not None and window < 1:
-        raise UsageError(f"attention window is {window}; a query sees at least itself, so use 1 or more")

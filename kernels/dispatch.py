@@ -43,12 +43,17 @@ def resolve(
 
 
 def check(backend: Backend, device: torch.device) -> None:
-    """Raises UsageError for an unknown name, and for ``triton`` where Triton cannot run."""
+    """Raises UsageError for an unknown name, for ``triton`` where Triton cannot run, and for a bad TRINE_TILES where it
+    will run: what a run can know when it starts."""
     if backend not in get_args(Backend):
         raise UsageError(f"kernels.backend {backend!r} is unknown; use one of {', '.join(get_args(Backend))}")
     reason = absent(device)
     if backend == "triton" and reason is not None:
         raise UsageError(f"kernels.backend=triton: {reason}; use auto or torch")
+    if backend == "triton" or (backend == "auto" and reason is None and device.type == "cuda"):
+        from .fused.tiles import check_tiles
+
+        check_tiles()
 
 
 def absent(device: torch.device) -> str | None:

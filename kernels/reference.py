@@ -48,12 +48,12 @@ def attention(
 
 
 def differential_attention(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, document_start: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, window: int | None = None, document_start: Tensor | None = None
 ) -> Tensor:
     """(A1 - lam A2) V; the contract of ``differential.differential_attention``."""
     group = q.shape[1] // k.shape[1]
     first, second = (
-        softmax_maps(q[:, s::2], k[:, s::2].repeat_interleave(group, dim=1), document_start=document_start)
+        softmax_maps(q[:, s::2], k[:, s::2].repeat_interleave(group, dim=1), window, document_start)
         for s in (0, 1)
     )
     maps = first - lam.to(first.dtype) * second
@@ -61,11 +61,11 @@ def differential_attention(
 
 
 def differential_attention_v2(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, document_start: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, window: int | None = None, document_start: Tensor | None = None
 ) -> Tensor:
     """a[2i] - lam[i] a[2i+1]; the contract of ``differential.differential_attention_v2``."""
     wide = accumulation_dtype(q)
-    heads = attention(q.to(wide), k.to(wide), v.to(wide), document_start=document_start)
+    heads = attention(q.to(wide), k.to(wide), v.to(wide), window, document_start)
     return (heads[:, 0::2] - lam.to(wide).unsqueeze(-1) * heads[:, 1::2]).to(q.dtype)
 
 

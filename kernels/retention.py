@@ -20,6 +20,7 @@ from . import reference
 from .chunkwise import chunkwise_retention
 from .dispatch import Backend, resolve
 from .precision import accumulation_dtype
+from .shapes import check_one_dtype
 from .state import weighted_key_values
 
 CHUNK = 128
@@ -110,9 +111,10 @@ def chunk_state(
     log_decay. Ranks that hold one chunk each exchange these instead of tokens. Raises UsageError for arguments that
     do not fit.
     """
-    if k.shape[:3] != v.shape[:3]:
+    if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or 0 in (*k.shape, *v.shape):
         shapes = f"k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise UsageError(f"the state of a chunk got {shapes}; use (B, H, T, dk) and (B, H, T, dv)")
+        raise UsageError(f"the state of a chunk got {shapes}; use (B, H, T, dk) and (B, H, T, dv), none of them 0")
+    check_one_dtype("the state of a chunk", k, v)
     _check_decay(log_decay, resets, v)
     log_decay = log_decay.to(accumulation_dtype(v))
     if log_decay.dim() == 1:
@@ -130,9 +132,11 @@ def chunk_state(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, chunk_size: int | None) -> None:
-    if q.shape != k.shape or q.shape[:3] != v.shape[:3]:
+    one_shape = q.dim() == v.dim() == 4 and q.shape == k.shape and q.shape[:3] == v.shape[:3]
+    if not one_shape or 0 in (*q.shape, *v.shape):
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise UsageError(f"retention got {shapes}; use (B, H, T, dk) twice and (B, H, T, dv)")
+        raise UsageError(f"retention got {shapes}; use (B, H, T, dk) twice and (B, H, T, dv), none of them 0")
+    check_one_dtype("retention", q, k, v)
     if initial_state is not None and initial_state.shape != (*q.shape[:2], q.shape[-1], v.shape[-1]):
         raise UsageError(f"retention got a state of shape {tuple(initial_state.shape)}; use (B, H, dk, dv)")
     if chunk_size is not None and chunk_size < 1:

@@ -68,6 +68,8 @@ class Plan:
     """Layouts of the standard list that this model or this machine cannot take."""
     steps: int
     use_gpus: bool
+    leaves_fp8_out: bool
+    """Whether the run would multiply in 8 bits, whose rounding depends on the order of sums: parity does not."""
 
 
 def make_plan(config: Config, names: str | None, *, steps: int, gpus: int) -> Plan:
@@ -95,7 +97,10 @@ def make_plan(config: Config, names: str | None, *, steps: int, gpus: int) -> Pl
             refused.append(Row(layout, "refused", reason=str(error)))
     if not layouts:
         raise UsageError(f"no layout of the standard list can be compared; of the first, {refused[0].reason}")
-    return Plan(parity_config(config, layouts, steps), tuple(layouts), tuple(refused), steps, use_gpus=gpus > 0)
+    return Plan(
+        parity_config(config, layouts, steps), tuple(layouts), tuple(refused), steps,
+        use_gpus=gpus > 0, leaves_fp8_out=config.precision.fp8 is not None,
+    )  # fmt: skip
 
 
 def run_plan(

@@ -26,10 +26,11 @@ def header(plan: Plan, recipe: str) -> str:
     model, train = plan.config.model, plan.config.train
     layers = sum(getattr(segment, "layers", 0) for segment in model.stack)
     documents = f" with {DOCUMENTS} documents in each" if train.document_masking else ""
+    without = ", without precision.fp8" if plan.leaves_fp8_out else ""
     rows = {
         "model": f"{recipe}: {layers} layers of width {model.hidden_size}, {count_parameters(model).total:,} "
         f"parameters, vocabulary {model.vocabulary_size}",
-        "compute": f"fp32 on {_device(plan)}; whatever the recipe says, AdamW has the constant learning rate "
+        "compute": f"fp32 on {_device(plan)}{without}; whatever the recipe says, AdamW has the constant learning rate "
         f"{OPTIMIZER.learning_rate:g} and eps {OPTIMIZER.eps:g}",
         "batch": f"{train.global_batch_size} windows of {train.sequence_length} random tokens{documents}, the same "
         f"for every layout, in microbatches of {train.micro_batch_size}",

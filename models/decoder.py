@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..configs.stack import LayerPlan
@@ -47,5 +49,11 @@ class Decoder(nn.Module):
             if layer.is_cross and whole is None and kv is not None:
                 whole = sequences.context.gather(kv)
             inputs = (x, whole if layer.is_cross else None, sequences)
-            x = recomputed(layer, *inputs) if self.site.recompute == "full" else layer(*inputs)
+            x = recomputed(self._in_context, layer, *inputs) if self.site.recompute == "full" else layer(*inputs)
         return x, kv
+
+    def _in_context(self, layer: Block, *inputs: Any) -> Tensor:
+        """The layer in its maps' context, which the one around all layers does not reach in the backward pass."""
+        with linears_context(self.site.fp8, self.site.engine):
+            x: Tensor = layer(*inputs)
+            return x

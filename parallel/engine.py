@@ -96,7 +96,7 @@ class Engine(ABC):
         for chunk in self.chunks:
             chunk.train()
         self._drop_gradients()
-        self.fp8.begin_step(num_microbatches)
+        self.fp8.begin_step(shape.tokens)
         self.fp8.begin_pass()
         return self._run(microbatches, num_microbatches, shape, forward_only=False)
 

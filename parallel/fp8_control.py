@@ -54,11 +54,13 @@ class Fp8Control:
         for product in self._products.values():
             product.forget_weight()
 
-    def begin_step(self, num_microbatches: int) -> None:
-        """Begin to note the magnitudes of a step of so many microbatches for each data rank."""
+    def begin_step(self, tokens: int) -> None:
+        """Begin to note the magnitudes of a step of so many tokens over all ranks."""
         if self._histories is not None:
-            # The mean over a context rank's own tokens, over the microbatches.
-            self._histories.begin_step(self._topology.layout.context / num_microbatches)
+            # A loss is the mean over a context rank's own tokens of a microbatch, and a step that of its microbatches:
+            # together the mean over these ranks' tokens of the step.
+            layout = self._topology.layout
+            self._histories.begin_step(layout.context * layout.data / tokens)
 
     def end_step(self) -> None:
         """The step counts: its magnitudes go into the histories, in one collective. Every rank must call it."""

@@ -110,16 +110,17 @@ class Fp8Product:
 
     def _amax(self, x: Tensor, role: int) -> Tensor:
         """The magnitude that the scale of ``x`` is made for."""
-        own = largest_magnitude(x)
-        histories = self._histories
+        own, histories = largest_magnitude(x), self._histories
         if histories is not None:
             histories.note(self._index, role, own)
-            if histories.known[self._index]:
-                # A past magnitude would hide an inf or NaN of now, which must show in the result.
-                return torch.where(own.isinf(), own, histories.in_force[self._index, role])
-        if (group := self._groups[role]) is not None:
+        group = self._groups[role]
+        if group is not None and not (histories is not None and histories.has_past(self._index, role)):
             dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group)
-        return own
+        if histories is None:
+            return own
+        past = histories.in_force[self._index, role]
+        # A past magnitude would hide an inf or NaN of now, which must show in the result; one of 0 gives no scale.
+        return torch.where(own.isinf() | (past == 0), own, past)
 
 
 class _Fp8Linear(torch.autograd.Function):

@@ -129,7 +129,8 @@ def _linear_maps(config: Config) -> str:
         "emulate": "emulated: rounded to 8 bits and multiplied in fp32, slower than no FP8 and no measure of speed",
     }
     kept = fp8.keep_first_last_bf16
-    ends = f"; the first and last {kept} layers in {config.precision.compute}" if kept else ""
+    layers = "layer" if kept == 1 else f"{kept} layers"
+    ends = f"; the first and last {layers} in {config.precision.compute}" if kept else ""
     return f"FP8, recipe {fp8.recipe}, backend {fp8.backend} ({how[fp8.backend]}){ends}"
 
 

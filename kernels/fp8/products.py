@@ -20,13 +20,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .formats import E4M3, SCALINGS, Scaling
+from .formats import E4M3, SCALINGS, Block, Scaling
 from .quantise import Operand, dequantise, largest_magnitude, quantise, quantise_blocks
 
 ProductBackend = Literal["emulate", "scaled_mm"]
 
 HARDWARE_UNIT = 16
 """What torch's 8-bit product on a GPU wants every width and the summed length to be a multiple of."""
+
+MICROSCALED = 32
+"""Numbers of a block whose scale is e8m0."""
+
+_KINDS = {
+    (1, 128): functional.ScalingType.BlockWise1x128,
+    (128, 128): functional.ScalingType.BlockWise128x128,
+    (1, MICROSCALED): functional.ScalingType.BlockWise1x32,
+}
+"""What torch calls blocks of a size."""
 
 _onednn = threading.Lock()
 
@@ -64,20 +74,45 @@ def _filled(values: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _scaled_blocks(a: Operand, b: Operand, out_dtype: torch.dtype) -> Tensor:
-    """Blocks as torch wants them: scales of rows run down the columns first; those of 32 are e8m0."""
-    kinds = {(1, 128): functional.ScalingType.BlockWise1x128, (128, 128): functional.ScalingType.BlockWise128x128,
-             (1, 32): functional.ScalingType.BlockWise1x32}  # fmt: skip
+    """Blocks as torch wants them: whole ones, and scales in the layouts that cuBLAS reads."""
     if a.block is None or b.block is None:
         raise ValueError("one operand has blocks and the other has none")
-    microscaled = a.block[1] == 32
-    scales = [
-        operand.scale.to(torch.float8_e8m0fnu) if microscaled else operand.scale.t().contiguous().t()
-        for operand in (a, b)
-    ]
+    left, right = _whole_blocks(a), _whole_blocks(b)
+    swizzle = functional.SwizzleType.SWIZZLE_32_4_4 if a.block[1] == MICROSCALED else None
     y: Tensor = functional.scaled_mm(
-        a.values, b.values.t(), scales[0], kinds[a.block], scales[1], kinds[b.block], output_dtype=out_dtype
-    )
-    return y
+        left.values, right.values.t(), _scale_layout(left), _KINDS[a.block], _scale_layout(right), _KINDS[b.block],
+        swizzle_a=swizzle, swizzle_b=swizzle, output_dtype=out_dtype,
+    )  # fmt: skip
+    return y[: a.values.shape[0], : b.values.shape[0]]
+
+
+def _whole_blocks(operand: Operand) -> Operand:
+    """The operand with zeros, of scale 1, after its rows and columns, to whole blocks and to the hardware's unit."""
+    if operand.block is None:
+        return operand
+    row_unit, columns = max(operand.block[0], HARDWARE_UNIT), -operand.values.shape[1] % operand.block[1]
+    values = _filled(operand.values, -operand.values.shape[0] % row_unit, columns)
+    missing = values.shape[0] // operand.block[0] - operand.scale.shape[0]
+    scale = functional.pad(operand.scale, (0, 0, 0, missing), value=1.0) if missing else operand.scale
+    return Operand(values, scale, operand.block)
+
+
+def _scale_layout(operand: Operand) -> Tensor:
+    """The scales of whole blocks in the layout in which torch takes those of this size.
+
+    1 x 128: (R, C / 128), down the columns first. 128 x 128: (C / 128, R / 128) with the first filled up to a multiple
+    of 4, down the columns first. 1 x 32: e8m0 in cuBLAS's tiles of 128 rows by 4 blocks, in which the rows r, r + 32,
+    r + 64 and r + 96 lie side by side (docs.nvidia.com/cuda/cublas, layout of 1D block scaling factors).
+    """
+    scale, block = operand.scale, operand.block
+    if block == (1, 128):
+        return scale.t().contiguous().t()
+    filled = functional.pad(scale, (0, -scale.shape[1] % 4), value=1.0)
+    if block == (128, 128):
+        return filled.t()
+    filled = functional.pad(filled, (0, 0, 0, -filled.shape[0] % 128), value=1.0)
+    tiles = filled.view(filled.shape[0] // 128, 4, 32, filled.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(-1).to(torch.float8_e8m0fnu)
 
 
 _PRODUCTS: dict[str, Callable[[Operand, Operand, torch.dtype], Tensor]] = {"emulate": _emulated, "scaled_mm": _scaled}
@@ -98,32 +133,42 @@ def _without_onednn() -> Iterator[None]:
 def refusal(recipe: str, device: torch.device) -> str | None:
     """Why ``scaled_mm`` cannot serve a recipe on a device, in torch's words; None where it can.
 
-    Torch is asked, once, for products of 128 x 128 x 128 as a linear map and its gradients have them, and the results
-    are compared with ``emulate``'s: what it accepts depends on its version, on CUDA's and on the device, and scales
-    that it reads in another layout must not train a model.
+    Torch is asked, once, for the three products of a linear map, and the results are compared with ``emulate``'s: what
+    it accepts depends on its version, on CUDA's and on the device, and scales that it reads in another layout must not
+    train a model. So the sizes differ from each other, there are several blocks each way, and every block has a
+    magnitude of its own.
     """
     try:
-        right = all(_agrees(a, b) for a, b in _samples(SCALINGS[recipe], device))
+        right = all(_agrees(a, b) for a, b in samples(SCALINGS[recipe], device))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None if right else "its results are not those of the recipe"
 
 
-def _samples(scaling: Scaling, device: torch.device) -> Iterator[tuple[Operand, Operand]]:
-    """Operands of the forward product, and of that with the gradient."""
-    x, w = (torch.randn(128, 128, generator=torch.Generator().manual_seed(n)).to(device) for n in (0, 1))
-    if scaling.rows is None or scaling.weight is None:
-        rows = [quantise(t, largest_magnitude(t), E4M3) for t in (x, w)]
-        yield rows[0], rows[1]
-        yield quantise(x, largest_magnitude(x), scaling.gradient), rows[1]
-        return
-    rows = [quantise_blocks(t, scaling.rows, E4M3) for t in (x, w)]
-    yield rows[0], quantise_blocks(w, scaling.weight, E4M3)
-    yield rows[0], rows[1]
+def samples(scaling: Scaling, device: torch.device) -> Iterator[tuple[Operand, Operand]]:
+    """Operands of the forward product, and of those that give the gradients of the input and of the weight."""
+    x, w, dy = (_uneven(*sizes, seed).to(device) for seed, sizes in enumerate(((384, 512), (640, 512), (384, 640))))
+    yield _sample(x, scaling.rows, E4M3), _sample(w, scaling.weight, E4M3)
+    yield _sample(dy, scaling.rows, scaling.gradient), _sample(w.t(), scaling.weight, E4M3)
+    yield _sample(dy.t(), scaling.rows, scaling.gradient), _sample(x.t(), scaling.rows, E4M3)
+
+
+def _sample(x: Tensor, block: Block | None, dtype: torch.dtype) -> Operand:
+    return quantise(x, largest_magnitude(x), dtype) if block is None else quantise_blocks(x, block, dtype)
+
+
+def _uneven(rows: int, columns: int, seed: int) -> Tensor:
+    """Normal numbers, times a power of two for each 32 x 32 of them."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-6, 7, (rows // 32, columns // 32), generator=generator).float()
+    each = exponents.repeat_interleave(32, dim=0).repeat_interleave(32, dim=1)
+    return torch.randn(rows, columns, generator=generator) * torch.exp2(each)
 
 
 def _agrees(a: Operand, b: Operand) -> bool:
-    """Whether torch's product is ``emulate``'s within the rounding of a bf16 result."""
+    """Whether every number of torch's product is ``emulate``'s within 1 % of what is summed: the rounding of a bf16
+    result, 0.4 %, and of sums that keep fewer bits than fp32."""
     expected = product(a, b, torch.float32, "emulate")
     found = product(a, b, torch.bfloat16, "scaled_mm").float()
-    return bool((found - expected).norm() <= 1e-2 * expected.norm())
+    summed = dequantise(a).abs() @ dequantise(b).abs().t()
+    return bool(((found - expected).abs() <= 1e-2 * summed).all())

@@ -34,18 +34,18 @@ _SUMS_BLOCK = 8192
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why these kernels do not take q, k and v, as the end of a sentence; None where they do.
+    """Why these kernels do not take q, k and v, as a sentence that others end; None where they do.
 
     They take bf16, fp16 and fp32, d up to 256 and dv up to 512 in multiples of 8. Devices are not looked at.
     """
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in (q, k, v)))
-        return f"they take bfloat16, float16 or float32, one for q, k and v, not {kinds}"
+        return f"the fused kernels take bfloat16, float16 or float32, one for q, k and v, not {kinds}"
     for name, width, most in (("d", q.shape[-1], MAX_WIDTH), ("dv", v.shape[-1], MAX_VALUE_WIDTH)):
         if width % 8 or not 0 < width <= most:
-            return f"they take a width {name} of 8 to {most} in steps of 8, not {width}"
+            return f"the fused kernels take a width {name} of 8 to {most} in steps of 8, not {width}"
     if 0 in (*q.shape, *k.shape, *v.shape):
-        return "they take no empty tensors"
+        return "the fused kernels take no empty tensors"
     return None
 
 

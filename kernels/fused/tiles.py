@@ -98,6 +98,12 @@ def tiles(kernel: str, width: int, value_width: int, element_size: int) -> Tiles
     return TABLE[entry]
 
 
+def check_tiles() -> None:
+    """Raises UsageError for a bad TRINE_TILES, which no kernel need have asked for yet."""
+    if path := os.environ.get("TRINE_TILES"):
+        _read(path)
+
+
 @contextmanager
 def tiles_override(values: Mapping[str, Tiles]) -> Iterator[None]:
     """Within it the given entries or whole kernels use other blocks, in all threads; the innermost one wins."""

@@ -142,6 +142,13 @@ MISTAKES: list[tuple[list[str], str]] = [
         ),
     ),
     (
+        [DIFFERENTIAL_CROSS, "model.stack.1.shared_kv.kv_heads=2", "parallel.tensor=2"],
+        (
+            "model.stack.1.shared_kv.kv_heads=2 (1 pair) cannot be divided over parallel.tensor=2: "
+            "the tensor sizes that fit this model are 1"
+        ),
+    ),
+    (
         [ATTENTION, "model.stack.0.kv_heads=2", "parallel.tensor=4"],
         (
             "model.stack.0.kv_heads=2 cannot be divided over parallel.tensor=4: "

@@ -51,8 +51,18 @@ MISTAKES: list[tuple[list[str], str]] = [
     ),
     (
         [*TE],
-        "the decay of model.stack.0 (gated_retention) (4 wide) is not a multiple of 16, as precision.fp8.backend=te "
-        "needs: use 16, or precision.fp8.backend=emulate",
+        "model.stack.0.heads=4, the width of its decay, is not a multiple of 16, as precision.fp8.backend=te needs: use "
+        "16, or precision.fp8.backend=scaled_mm",
+    ),
+    (
+        [*TE, "model.stack=[{mixer: differential_v2, layers: 4, heads: 24, head_dim: 16}]", "parallel.tensor=2"],
+        "model.stack.0.heads=24, the width of its lambda, over parallel.tensor=2 is 12 per rank, which is not a multiple "
+        "of 16, as precision.fp8.backend=te needs: use 32, or precision.fp8.backend=scaled_mm",
+    ),
+    (
+        [*TE, "precision.fp8.recipe=delayed", "model.stack.0={mixer: retention, layers: 2, heads: 4}", "train.recompute=full"],
+        "precision.fp8.recipe=delayed with precision.fp8.backend=te notes the magnitudes of recomputed layers twice, and "
+        "train.recompute=full: use train.recompute=selective, or precision.fp8.recipe=tensorwise",
     ),
     (
         [*SCALED, "train.sequence_length=24"],
@@ -99,6 +109,8 @@ def test_one_sentence(load: Load, overrides: list[str], sentence: str) -> None:
         [*BLOCKS, *WIDE],
         ["precision.fp8={backend: emulate, recipe: mxfp8}", *WIDE],
         [*TE, "model.stack.0={mixer: retention, layers: 2, heads: 4}"],
+        [*TE, "model.stack.0={mixer: retention, layers: 2, heads: 4}", "train.recompute=full"],
+        ["precision.fp8={backend: emulate, recipe: delayed}", "train.recompute=full"],
         [*SCALED, "train.sequence_length=32", "train.sequence_ramp=[{until_samples: 8, sequence_length: 4}]"],
         ["precision.fp8.backend=emulate", "precision.fp8.shadow_interval=7"],
     ],

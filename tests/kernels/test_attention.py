@@ -133,7 +133,7 @@ def test_the_output_has_the_dtype_of_the_queries(randn: Randn) -> None:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "keys", "window", "message"),
     [
-        (3, 2, 5, None, "3 query heads; use a multiple of 2"),
+        (3, 2, 5, None, "3 query, 2 key and 2 value heads; use H, "),
         (2, 2, 4, None, "Tk >= Tq"),
         (2, 2, 5, 0, "window is 0"),
     ],

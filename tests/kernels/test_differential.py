@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,34 @@ def test_v1_fewer_queries_than_keys_are_the_last_ones(randn: Randn, assert_same:
     assert_same(differential_attention, reference.differential_attention, [q, k, v, randn()])
 
 
+@pytest.mark.parametrize("window", [2, 30, 64, 90, 200])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 130), (70, 130), (257, 257)])
+def test_v1_window(randn: Randn, assert_same: Check, queries: int, keys: int, window: int) -> None:
+    q, k, v = randn(2, 8, queries, 12), randn(2, 4, keys, 12), randn(2, 2, keys, 20)
+    assert_same(
+        lambda *x: differential_attention(*x, window=window),
+        lambda *x: reference.differential_attention(*x, window),
+        [q, k, v, randn()],
+    )
+
+
+@pytest.mark.parametrize("window", [30, 200])
+def test_v2_window(randn: Randn, assert_same: Check, window: int) -> None:
+    q, k, v, lam = randn(2, 8, 70, 12), randn(2, 2, 130, 12), randn(2, 2, 130, 12), randn(2, 4, 70)
+    assert_same(
+        lambda *x: differential_attention_v2(*x, window=window),
+        lambda *x: reference.differential_attention_v2(*x, window),
+        [q, k, v, lam],
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "triton"])
+def test_a_window_of_one_token_leaves_its_own_value(randn: Randn, backend: Any) -> None:
+    q, k, v = (randn(2, heads, 19, width, dtype=torch.float32) for heads, width in ((4, 8), (4, 8), (2, 16)))
+    output = differential_attention(q, k, v, torch.tensor(0.25), window=1, backend=backend)
+    torch.testing.assert_close(output, 0.75 * v)
+
+
 def test_v1_lambda_may_be_wider_than_the_heads(randn: Randn) -> None:
     q, k, v = (randn(1, heads, 9, width, dtype=torch.bfloat16) for heads, width in ((4, 8), (4, 8), (2, 16)))
     lam = randn(dtype=torch.float32)
@@ -92,7 +121,7 @@ def test_v1_wrong_shapes_are_named(
 
 @pytest.mark.parametrize(
     ("kv_heads", "lam_shape", "message"),
-    [(4, (1, 2, 5), "4 query heads over 4"), (2, (1, 4, 5), r"lam of shape \(1, 4, 5\)")],
+    [(4, (1, 2, 5), "4 query, 4 key and 4 value heads"), (2, (1, 4, 5), r"lam of shape \(1, 4, 5\)")],
 )
 def test_v2_wrong_shapes_are_named(
     randn: Randn, kv_heads: int, lam_shape: tuple[int, ...], message: str

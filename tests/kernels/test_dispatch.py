@@ -12,7 +12,7 @@ from trine.configs.errors import UsageError
 from trine.kernels import reference
 from trine.kernels.attention import attention
 from trine.kernels.differential import differential_attention, differential_attention_v2
-from trine.kernels.dispatch import explain, resolve
+from trine.kernels.dispatch import check, explain, resolve
 from trine.kernels.norm import HeadNorm
 from trine.kernels.retention import fixed_decay_log, retention
 
@@ -57,6 +57,25 @@ def test_without_triton_there_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("triton", GPU, takes_all)
 
 
+def test_a_bad_file_of_tiles_is_named_before_a_kernel_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRINE_TILES", "none.json")
+    for backend, device in (("auto", GPU), ("triton", GPU), ("triton", CPU)):
+        with pytest.raises(UsageError, match=r"TRINE_TILES=none\.json cannot be read"):
+            check(backend, device)  # type: ignore[arg-type]
+    for backend, device in (("auto", CPU), ("torch", GPU), ("reference", GPU)):
+        check(backend, device)  # type: ignore[arg-type]
+
+
+def test_triton_says_what_does_not_take_a_shape() -> None:
+    q, v = torch.ones(1, 2, 3, 264), torch.ones(1, 2, 3, 16)
+    with pytest.raises(UsageError) as refused:
+        attention(q, q, v, backend="triton")
+    assert str(refused.value) == (
+        "kernels.backend=triton: the fused kernels take a width d of 8 to 256 in steps of 8, not 264; use auto, which "
+        "takes torch in such a case"
+    )
+
+
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(UsageError, match="'cuda' is unknown; use one of auto, reference, torch, triton"):
         resolve("cuda", CPU)
@@ -76,6 +95,7 @@ def test_the_triton_backend_runs_triton(randn: Callable[..., Tensor]) -> None:
     calls = [
         lambda b: attention(q, k, v, window=5, backend=b),
         lambda b: differential_attention(q, k, v[:, :1], lam, head_norm=norm, backend=b),
+        lambda b: differential_attention(q, k, v[:, :1], lam, window=5, head_norm=norm, backend=b),
         lambda b: differential_attention_v2(q, k[:, :1], v[:, :1], lam.expand(1, 2, 19), backend=b),
         lambda b: retention(k, k, v, fixed_decay_log(2).to(device), backend=b)[0],
     ]
@@ -93,8 +113,12 @@ def test_the_reference_backend_runs_the_reference(randn: Callable[..., Tensor]) 
         reference.differential_attention(q, k, v[:, :1], lam[0, 0, 0]),
     )
     assert torch.equal(
-        differential_attention_v2(q, k, v, lam, backend="reference"),
-        reference.differential_attention_v2(q, k, v, lam),
+        differential_attention(q, k, v[:, :1], lam[0, 0, 0], window=3, backend="reference"),
+        reference.differential_attention(q, k, v[:, :1], lam[0, 0, 0], 3),
+    )
+    assert torch.equal(
+        differential_attention_v2(q, k, v, lam, window=3, backend="reference"),
+        reference.differential_attention_v2(q, k, v, lam, 3),
     )
     decay = fixed_decay_log(2)
     for result, expected in zip(

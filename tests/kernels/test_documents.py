@@ -73,28 +73,40 @@ def test_fewer_queries_than_keys(
 
 @pytest.mark.usefixtures("either_tile")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 2, 20, 129])
 def test_differential_v1_matches_the_reference(
-    randn: Randn, assert_same: Check, packed: Packed, documents: list[list[int]], dtype: torch.dtype
+    randn: Randn,
+    assert_same: Check,
+    packed: Packed,
+    documents: list[list[int]],
+    window: int | None,
+    dtype: torch.dtype,
 ) -> None:
     starts = packed(documents)
     sizes = ((8, LENGTH, 12), (4, LENGTH, 12), (2, LENGTH, 24))
     inputs = [randn(2, *size, dtype=dtype) for size in sizes] + [randn(dtype=dtype)]
     assert_same(
-        lambda *x: differential_attention(*x, document_start=starts),
-        lambda *x: reference.differential_attention(*x, starts),
+        lambda *x: differential_attention(*x, window=window, document_start=starts),
+        lambda *x: reference.differential_attention(*x, window, starts),
         inputs,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 2, 20, 129])
 def test_differential_v2_matches_the_reference(
-    randn: Randn, assert_same: Check, packed: Packed, documents: list[list[int]], dtype: torch.dtype
+    randn: Randn,
+    assert_same: Check,
+    packed: Packed,
+    documents: list[list[int]],
+    window: int | None,
+    dtype: torch.dtype,
 ) -> None:
     starts = packed(documents)
     sizes = ((8, LENGTH, 12), (2, LENGTH, 12), (2, LENGTH, 12), (4, LENGTH))
     assert_same(
-        lambda q, k, v, lam: differential_attention_v2(q, k, v, lam.sigmoid(), document_start=starts),
-        lambda q, k, v, lam: reference.differential_attention_v2(q, k, v, lam.sigmoid(), starts),
+        lambda q, k, v, lam: differential_attention_v2(q, k, v, lam.sigmoid(), window=window, document_start=starts),
+        lambda q, k, v, lam: reference.differential_attention_v2(q, k, v, lam.sigmoid(), window, starts),
         [randn(2, *size, dtype=dtype) for size in sizes],
     )
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import scaled_products
 import torch
 from torch import Tensor
 
-from trine.kernels.fp8.formats import E4M3, E5M2, LARGEST, SCALINGS
-from trine.kernels.fp8.products import product, refusal
+from trine.kernels.fp8 import products
+from trine.kernels.fp8.formats import E4M3, E5M2, LARGEST, SCALINGS, Block
+from trine.kernels.fp8.products import product, refusal, samples
 from trine.kernels.fp8.quantise import Operand, dequantise, largest_magnitude, quantise, quantise_blocks
 
 CPU = torch.device("cpu")
@@ -134,11 +138,78 @@ def test_an_operand_with_blocks_is_not_transposed() -> None:
         _ = quantise_blocks(randn(4, 4), (1, 32), E4M3).transposed
 
 
+@pytest.fixture
+def forget_refusals() -> Iterator[None]:
+    refusal.cache_clear()
+    yield
+    refusal.cache_clear()
+
+
 @pytest.mark.parametrize("recipe", SCALINGS)
-def test_torch_is_asked_what_it_can_do(recipe: str) -> None:
+def test_torch_is_asked_what_it_can_do(recipe: str, forget_refusals: None) -> None:
     """On a CPU torch has products with one scale per tensor and none with blocks."""
     reason = refusal(recipe, CPU)
     assert (reason is None) == (SCALINGS[recipe].rows is None)
+
+
+def of_blocks(rows: int, columns: int, block: Block, device: str = "cpu") -> Operand:
+    """An operand whose neighbouring blocks have other magnitudes."""
+    sizes = torch.exp2(8 * randn(-(-rows // 32), -(-columns // 32), seed=1))
+    x = randn(rows, columns) * sizes.repeat_interleave(32, 0).repeat_interleave(32, 1)[:rows, :columns]
+    operand = quantise_blocks(x, block, E4M3)
+    return Operand(operand.values.to(device), operand.scale.to(device), block)
+
+
+PRODUCTS = {
+    "forward": ((384, 512), (640, 512), True),
+    "forward with rows of a decay": ((256, 384), (260, 384), True),
+    "gradient of the input": ((384, 640), (512, 640), True),
+    "gradient of the input, rows of a decay": ((256, 260), (384, 260), True),
+    "gradient of the weight": ((640, 384), (512, 384), False),
+    "gradient of the weight, rows of a decay": ((260, 256), (384, 256), False),
+    "one block": ((128, 128), (128, 128), True),
+}
+"""Sizes of both operands, and whether the second one is a weight."""
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "mxfp8"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_blocks_are_given_to_torch_as_it_reads_them(name: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own rules for shapes, strides and types say what it takes, the stand-in what it would make of it."""
+    left, right, weight = PRODUCTS[name]
+    scaling = SCALINGS[recipe]
+    a, b = of_blocks(*left, scaling.rows), of_blocks(*right, scaling.weight if weight else scaling.rows)  # type: ignore[arg-type]
+    shape = product(*(of_blocks(*x.values.shape, x.block, "meta") for x in (a, b)), torch.bfloat16, "scaled_mm").shape  # type: ignore[arg-type]
+    assert shape == (left[0], right[0])
+    monkeypatch.setattr(products.functional, "scaled_mm", scaled_products.scaled_mm)
+    ours, found = both(a, b, torch.bfloat16)
+    sizes = dequantise(a).abs() @ dequantise(b).abs().t()
+    assert bool(((ours - found).abs() <= 2**-7 * sizes).all())  # bf16's rounding, and sums in another order
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "mxfp8"])
+def test_scales_that_torch_reads_in_another_layout_are_refused(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, forget_refusals: None
+) -> None:
+    """Of one product of the three alone, too."""
+    right = scaled_products.scales
+
+    def otherwise(scale: Tensor, kind: Any, rows: int, columns: int) -> Tensor:
+        """Rows first where columns come first, and tiles in the order of their rows."""
+        if scale.dim() == 2:
+            return right(scale.t().contiguous().view(scale.shape), kind, rows, columns)
+        tiles = scale.view(torch.uint8).view(rows // 128, -1, 512).transpose(0, 1)
+        return right(tiles.reshape(-1).view(scale.dtype), kind, rows, columns)
+
+    monkeypatch.setattr(products.functional, "scaled_mm", scaled_products.scaled_mm)
+    assert refusal(recipe, CPU) is None
+    for wrong in (None, *sorted({x.shape for pair in samples(SCALINGS[recipe], CPU) for x in (y.values for y in pair)})):
+        refusal.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                scaled_products, "scales", lambda *x, wrong=wrong: (otherwise if wrong in (None, x[2:]) else right)(*x)
+            )
+            assert refusal(recipe, CPU) == "its results are not those of the recipe", wrong
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from trine.configs.schema import Config
 from trine.launch import parity
 from trine.launch.cli import main
 from trine.launch.parity import make_plan
+from trine.launch.parity_report import header
 from trine.pretrain.parity_comparison import TOLERANCES
 
 pytestmark = pytest.mark.timeout(180)
@@ -82,6 +83,16 @@ def test_layouts_that_agree(tiny: Path) -> None:
     assert re.search(r"^tp2\+sp +2 +\d\.\de[-+]\d\d .* ok ", told, re.MULTILINE)
     assert "2 of 2 layouts compute the same as one process within 1e-05 for loss, 1e-05 for gradient norm" in told
     assert "warn" not in told.lower()
+
+
+@pytest.mark.parametrize(
+    ("fp8", "told"),
+    [([], "CPU with gloo; whatever"), (["precision.fp8.backend=emulate"], "CPU with gloo, without precision.fp8; whatever")],
+)
+def test_it_says_that_it_leaves_fp8_out(tiny: Path, fp8: list[str], told: str) -> None:
+    plan = make_plan(load_config(tiny, fp8), "tp2", steps=1, gpus=0)
+    assert plan.config.precision.fp8 is None
+    assert told in header(plan, "tiny.yaml")
 
 
 def test_layouts_that_do_not_agree(

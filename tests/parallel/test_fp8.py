@@ -19,10 +19,12 @@ from trine.configs.errors import UsageError
 from trine.configs.layouts import parse_layout, under_layout
 from trine.configs.linear_widths import linear_widths
 from trine.configs.schema import Config, Fp8
+from trine.kernels.fp8.formats import SCALINGS
 from trine.launch.pool import RankPool
 from trine.parallel import fp8_checks
 from trine.parallel.engine_config import engine_config
 from trine.parallel.fp8_checks import check_fp8_machine
+from trine.parallel.fp8_history import LENGTH
 from trine.parallel.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
 from trine.parallel.linear import ColumnLinear, RowLinear
 from trine.parallel.linears import linears_of
@@ -42,6 +44,7 @@ EVEN_SIZES: dict[str, Any] = {
     "model": {"hidden_size": 64, "ffn_hidden_size": 96},
     "train": {"steps": 5, "global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 32},
 }
+LARGE_MICROBATCH: dict[str, Any] = {"steps": 5, "global_batch_size": 8, "micro_batch_size": 8, "sequence_length": 32}
 WIDE_STACK: list[dict[str, Any]] = [{"mixer": "attention", "layers": 1, "heads": 2, "head_dim": 32}]
 BLOCK_STACK: list[dict[str, Any]] = [{"mixer": "attention", "layers": 1, "heads": 2, "head_dim": 128}]
 BLOCK_SIZES: dict[str, Any] = {
@@ -117,6 +120,29 @@ def test_scales_do_not_depend_on_the_layout(ranks: RankPool, layout: str) -> Non
         assert found["layers.0.mixer.input"][0][0] == expected["layers.0.mixer.input"][0][0]
 
 
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 2, "global_batch_size": 16},
+        {"micro_batch_size": 1, "global_batch_size": 16, "sequence_length": 16},
+    ],
+)
+def test_histories_serve_a_run_with_other_microbatches(ranks: RankPool, after: dict[str, int]) -> None:
+    """A microbatch's loss is the mean of its own tokens: eight times fewer have eight times larger gradients, and scales
+    of the past would saturate them. The cases here change gradients by 8, 4 and 16; what single tokens differ by, where
+    the runs have not the same, is less in the median."""
+    _, config = raw(EVEN, model=EVEN_SIZES["model"], train=LARGE_MICROBATCH, precision=fp8("delayed"))
+    (before,) = ranks.run("fp8_jobs:magnitudes", 1, config=config)
+    _, config = raw(EVEN, model=EVEN_SIZES["model"], train=LARGE_MICROBATCH | after, precision=fp8("delayed"))
+    (resumed,) = ranks.run("fp8_jobs:magnitudes", 1, config=config, state=before)
+    gradients = [roles[2][:2] for roles in resumed.values()]
+    assert [old for _, old in gradients] == [roles[2][0] for roles in before.values()]
+    assert 0.7 < median(newest / old for newest, old in gradients) < 2
+    if "global_batch_size" not in after:  # the same tokens, but for e5m2's rounding
+        assert all(newest == pytest.approx(old, rel=0.1) for newest, old in gradients)
+
+
 @pytest.mark.parametrize("recipe", ["blockwise", "mxfp8"])
 def test_blocks_do_not_depend_on_the_layout(ranks: RankPool, recipe: str) -> None:
     (expected,) = train(ranks, BLOCK_STACK, **BLOCK_SIZES, precision=fp8(recipe), steps=2)
@@ -149,13 +175,20 @@ def test_emulation_trains_as_torchs_product_does(ranks: RankPool, recipe: str) -
         assert all(torch.equal(a[-1], b[-1]) for a, b in zip(ours["parameters"], theirs["parameters"], strict=True))
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations(ranks: RankPool, recompute: str) -> None:
-    sizes = EVEN_SIZES["train"]
-    (kept,) = train(ranks, EVEN, model=EVEN_SIZES["model"], train=sizes, precision=fp8("delayed"))
-    (again,) = train(ranks, EVEN, model=EVEN_SIZES["model"], train=sizes | {"recompute": recompute}, precision=fp8("delayed"))
+@pytest.mark.parametrize("layout", ["selective", "recompute"])
+def test_recomputed_activations(ranks: RankPool, layout: str) -> None:
+    (kept,) = train(ranks, EVEN, **EVEN_SIZES, precision=fp8("delayed"))
+    (again,) = train(ranks, EVEN, layout, **EVEN_SIZES, precision=fp8("delayed"))
     assert again["losses"] == kept["losses"]
     assert again["grad_norms"] == kept["grad_norms"]
+
+
+@pytest.mark.parametrize(("layout", "passes"), [("tp1", 1), ("recompute", 2)])
+def test_maps_are_called_in_their_context_when_recomputed_too(ranks: RankPool, layout: str, passes: int) -> None:
+    """Transformer Engine's maps are 8-bit only in theirs; others compared with themselves would not show it."""
+    _, config = raw(EVEN, layout, **EVEN_SIZES)
+    (calls,) = ranks.run("fp8_jobs:calls_in_the_context", 1, config=config)
+    assert calls == {True: passes * 2 * 2 * 4, False: 0}  # by microbatches, layers and maps of a layer
 
 
 def test_delayed_scaling_resumes_bit_for_bit(ranks: RankPool, tmp_path: Path) -> None:
@@ -170,6 +203,23 @@ def test_delayed_scaling_resumes_bit_for_bit(ranks: RankPool, tmp_path: Path) ->
     assert staged[0]["losses"] == pytest.approx(through["losses"][2:], rel=1e-6)
     (anew,) = train(ranks, EVEN, **{**more, "precision": fp8("tensorwise")}, steps=2, load=str(tmp_path))
     assert anew["losses"] == pytest.approx(through["losses"][2:], rel=5e-3)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2+sp"])
+def test_a_history_of_zeros_is_none(ranks: RankPool, layout: str) -> None:
+    """As a map has one whose gradient was zero so far: a scale of 1 would make zeros of all that is small."""
+    world_size, config = raw(EVEN, layout, **EVEN_SIZES, precision=fp8("delayed"))
+    expected = ranks.run("fp8_jobs:magnitudes", world_size, config=config)
+    zeros = {name: [[0.0] * LENGTH for _ in roles] for name, roles in expected[0].items()}
+    assert ranks.run("fp8_jobs:magnitudes", world_size, config=config, state=zeros) == expected
+
+
+def test_magnitudes_are_asked_of_other_ranks_while_there_is_no_past(ranks: RankPool) -> None:
+    """A step more than has none, because the host knows of a past one step late."""
+    world_size, config = raw(EVEN, "tp2+sp", **EVEN_SIZES, precision=fp8("delayed"))
+    for first, second, *later in ranks.run("fp8_jobs:maxima_over_ranks", world_size, config=config, steps=4):
+        assert first == second > 0
+        assert later == [0, 0]
 
 
 @pytest.mark.parametrize(("before", "after"), [(fp8(), {}), ({}, fp8("delayed")), (fp8("delayed"), {})])
@@ -268,10 +318,54 @@ def test_transformer_engine_that_cannot_be_imported_is_refused(ranks: RankPool, 
 
     monkeypatch.setattr(fp8_checks.importlib, "import_module", broken)
     with pytest.raises(UsageError) as refused:
-        check_fp8_machine(machine("delayed", "te"), torch.device("cpu"))
+        check_fp8_machine(machine("delayed", "te"), torch.device("cuda", 0))
     assert str(refused.value) == (
         "precision.fp8.backend=te needs Transformer Engine, which cannot be imported here (cudnn shared object not "
         "found.): use precision.fp8.backend=scaled_mm or emulate"
+    )
+
+
+class TransformerEngine:
+    """In place of the package: says of each recipe whether this GPU has it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **answers: tuple[bool, str]) -> None:
+        manager = SimpleNamespace(**{f"is_{name}_available": lambda answer=answer: answer for name, answer in answers.items()})
+        modules = {
+            "transformer_engine.pytorch": SimpleNamespace(),
+            "transformer_engine.pytorch.fp8": SimpleNamespace(FP8GlobalStateManager=manager),
+        }
+        monkeypatch.setattr(fp8_checks.importlib, "import_module", modules.__getitem__)
+
+
+@pytest.mark.parametrize("recipe", SCALINGS)
+def test_transformer_engine_is_asked_for_the_recipe(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"blockwise": "fp8_block_scaling", "mxfp8": "mxfp8"}.get(recipe, "fp8")
+    answers = dict.fromkeys(("fp8", "mxfp8", "fp8_block_scaling"), (True, ""))
+    TransformerEngine(monkeypatch, **answers)
+    check_fp8_machine(machine(recipe, "te"), torch.device("cuda", 0))
+    TransformerEngine(monkeypatch, **answers | {asked: (False, "Device compute capability 10.0 or higher required.")})
+    with pytest.raises(UsageError) as refused:
+        check_fp8_machine(machine(recipe, "te"), torch.device("cuda", 0))
+    remedy = "precision.fp8.recipe=tensorwise or " if recipe in ("blockwise", "mxfp8") else ""
+    assert str(refused.value) == (
+        f"precision.fp8.recipe={recipe} is not what Transformer Engine can do on this GPU with precision.fp8.backend=te "
+        f"(Device compute capability 10.0 or higher required): use {remedy}precision.fp8.backend=emulate"
+    )
+
+
+def test_an_old_transformer_engine_without_the_recipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    TransformerEngine(monkeypatch, fp8=(True, ""))
+    with pytest.raises(UsageError, match=r"recipe=mxfp8 is not what .* \(it has no is_mxfp8_available\): use"):
+        check_fp8_machine(machine("mxfp8", "te"), torch.device("cuda", 0))
+
+
+def test_transformer_engine_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    TransformerEngine(monkeypatch, fp8=(True, ""))
+    with pytest.raises(UsageError) as refused:
+        check_fp8_machine(machine("delayed", "te"), torch.device("cpu"))
+    assert str(refused.value) == (
+        "precision.fp8.backend=te multiplies on GPUs alone, and this rank has none: use precision.fp8.backend=scaled_mm "
+        "or emulate"
     )
 
 

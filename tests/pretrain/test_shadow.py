@@ -73,7 +73,11 @@ def test_without_fp8_there_is_no_gap(ranks: RankPool, data: Path, tmp_path: Path
         ({"backend": "te", "recipe": "delayed"}, "FP8, recipe delayed, backend te (Transformer Engine)"),
         (
             {"backend": "scaled_mm", "keep_first_last_bf16": 1},
-            "FP8, recipe tensorwise, backend scaled_mm (torch's scaled_mm); the first and last 1 layers in bf16",
+            "FP8, recipe tensorwise, backend scaled_mm (torch's scaled_mm); the first and last layer in bf16",
+        ),
+        (
+            {"backend": "scaled_mm", "keep_first_last_bf16": 2},
+            "FP8, recipe tensorwise, backend scaled_mm (torch's scaled_mm); the first and last 2 layers in bf16",
         ),
         (
             {"backend": "emulate"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,18 +12,23 @@ import torch
 
 from trine.configs.errors import UsageError
 from trine.configs.schema import Config
+from trine.models import decoder
 from trine.parallel import fp8_linear
 from trine.parallel.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
+from trine.parallel.linear import ColumnLinear, RowLinear
 from trine.pretrain.parity import batch_of_step, joined_engine, take_steps
 
 
-def magnitudes(rank: int, world_size: int, *, config: dict[str, Any]) -> dict[str, Any]:
-    """The histories of the whole model after one step."""
+def magnitudes(
+    rank: int, world_size: int, *, config: dict[str, Any], state: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The histories of the whole model after one step, going on from those of ``state``."""
     with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+        engine.fp8.restore(state)
         engine.train_step(batch_of_step(engine, 0))
-        state = engine.fp8.state()
-    assert state is not None
-    return state
+        after = engine.fp8.state()
+    assert after is not None
+    return after
 
 
 def eight_bit_weights(rank: int, world_size: int, *, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -43,6 +50,48 @@ def without_rounding(rank: int, world_size: int, *, config: dict[str, Any], step
         patch.setattr(quantise, "_rounded", lambda x, dtype: x)
         with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
             return take_steps(engine, steps)
+
+
+def calls_in_the_context(rank: int, world_size: int, *, config: dict[str, Any]) -> dict[bool, int]:
+    """How many calls of linear maps in a step are inside, True, and outside of what the maps must be called in."""
+    depth, calls = 0, {True: 0, False: 0}
+
+    @contextmanager
+    def marker(*_: object) -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        try:
+            yield
+        finally:
+            depth -= 1
+
+    def noting(forward: Any) -> Any:
+        def noted(module: Any, x: torch.Tensor) -> Any:
+            calls[depth > 0] += 1
+            return forward(module, x)
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "linears_context", marker)
+        for kind in (ColumnLinear, RowLinear):
+            patch.setattr(kind, "forward", noting(kind.forward))
+        with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+            engine.train_step(batch_of_step(engine, 0))
+    return calls
+
+
+def maxima_over_ranks(rank: int, world_size: int, *, config: dict[str, Any], steps: int) -> list[int]:
+    """How often a map's magnitude is made one over ranks in each of the first steps."""
+    counts: list[int] = []
+    with joined_engine(rank, world_size, Config.model_validate(config)) as engine:
+        for step in range(steps):
+            with _count(fp8_linear.dist, "all_reduce", lambda _: True) as calls:
+                engine.compute_gradients(batch_of_step(engine, step))
+            # The sums of row-parallel maps, of gradients and of losses are those of every step.
+            counts.append(len(calls))
+            engine.update(engine.gradient_norm())
+    return [count - counts[-1] for count in counts]
 
 
 def quantisations_of_weights(rank: int, world_size: int, *, config: dict[str, Any]) -> list[int]:
@@ -113,17 +162,17 @@ def spoilt(rank: int, world_size: int, *, config: dict[str, Any]) -> list[float]
 
 
 class _count:
-    def __init__(self, owner: type, name: str, counts: Any) -> None:
+    def __init__(self, owner: Any, name: str, counts: Any) -> None:
         self._owner, self._name, self._counts = owner, name, counts
         self.calls: list[int] = []
 
     def __enter__(self) -> list[int]:
         original = self._original = getattr(self._owner, self._name)
 
-        def wrapper(*arguments: Any) -> Any:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
             if self._counts(arguments):
                 self.calls.append(1)
-            return original(*arguments)
+            return original(*arguments, **options)
 
         setattr(self._owner, self._name, wrapper)
         return self.calls
