@@ -109,8 +109,8 @@ def test_a_run_that_changes_its_engine_at_every_step(
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16(ranks: RankPool, tmp_path: Path, stage: int) -> None:
-    """Stage 1 rounds where Megatron-Core does. Stage 2 also rounds a gradient when it has been summed over ranks, and
-    stage 3 has its vectors in bf16: losses then agree as they do between layouts in bf16.
+    """Each engine rounds gradients to bf16 in other places, and stage 3 has its vectors in bf16: losses agree as they do
+    between layouts in bf16.
 
     Master copies are in fp32: a resumed run, of either engine, is the same to the last bit of what the file holds.
     """
@@ -118,9 +118,8 @@ def test_bf16(ranks: RankPool, tmp_path: Path, stage: int) -> None:
     expected = run(ranks, raw_config("dp2", precision=precision), "dp2")
     raw = raw_config(layout, precision=precision)
     found = run(ranks, raw, layout)
-    tight = stage == 1
-    assert found[0]["losses"] == pytest.approx(expected[0]["losses"], rel=1e-6 if tight else 5e-3)
-    assert found[0]["grad_norms"] == pytest.approx(expected[0]["grad_norms"], rel=1e-5 if tight else 2e-2)
+    assert found[0]["losses"] == pytest.approx(expected[0]["losses"], rel=5e-3)
+    assert found[0]["grad_norms"] == pytest.approx(expected[0]["grad_norms"], rel=2e-2)
     run(ranks, raw, layout, steps=2, save=str(tmp_path))
     resumed = run(ranks, raw, layout, steps=1, load=str(tmp_path))
     assert resumed[0]["losses"] == found[0]["losses"][2:]

@@ -29,7 +29,7 @@ from trine.parallel.fp8_linear import Fp8ColumnLinear, Fp8RowLinear
 from trine.parallel.linear import ColumnLinear, RowLinear
 from trine.parallel.linears import linears_of
 from trine.parallel.parameters import Section, blueprint_of, linear_default
-from trine.pretrain.parity_comparison import compare
+from trine.pretrain.parity_comparison import TOLERANCES, compare
 from trine.pretrain.parity_pieces import whole
 
 pytestmark = pytest.mark.timeout(240)
@@ -81,13 +81,14 @@ def rounded(ranks: RankPool) -> Any:
 
 @pytest.mark.parametrize("layout", ["tp2+sp", "pp2", "dp2"])
 def test_hybrid_of_all_mixers(ranks: RankPool, rounded: Any, layout: str) -> None:
-    """Pipeline and data parallelism sum nothing else: fp32 rounding. Tensor parallelism adds partial sums in another
+    """Pipeline stages sum nothing else. Data parallelism adds gradients, and tensor parallelism partial sums, in another
     order; a number that lies between two of e5m2, 12 to 25 % apart, may then round to the other one, and what follows
-    it rounds anew. So single gradients differ by hundredths, far less than the tenths that a missing part makes."""
+    it rounds anew: under data parallelism from the second step on, for which the first update differs in its last bit.
+    So single gradients differ by hundredths, far less than the tenths that a missing part makes."""
     found = train(ranks, hybrid(), layout, precision=fp8())
-    if layout != "tp2+sp":
-        assert not compare(rounded, found, small_gradient=0.0).excess
-        return
+    comparison = compare(rounded, found, small_gradient=0.0)
+    assert layout != "pp2" or not comparison.excess
+    assert layout == "tp2+sp" or comparison.gradient <= TOLERANCES["gradient"]
     assert found[0]["losses"] == pytest.approx(rounded["losses"], rel=1e-3)
     assert found[0]["grad_norms"] == pytest.approx(rounded["grad_norms"], rel=5e-2)
     ours, theirs = whole(found, "gradients"), whole([rounded], "gradients")
