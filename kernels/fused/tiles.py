@@ -63,7 +63,7 @@ TABLE: dict[str, Tiles] = {
     "differential_forward/64/128/4": Tiles(32, 32, 8, 1),
     "differential_forward/256/512/4": Tiles(16, 16, 8, 1),
     "differential_backward_kv/64/128/2": Tiles(32, 128, 8, 3),
-    "differential_backward_kv/128/256/2": Tiles(32, 64, 8, 2),
+    "differential_backward_kv/128/256/2": Tiles(32, 32, 8, 2),
     "differential_backward_kv/256/512/2": Tiles(16, 32, 8, 2),
     "differential_backward_kv/64/128/4": Tiles(32, 32, 8, 1),
     "differential_backward_kv/256/512/4": Tiles(16, 16, 8, 1),

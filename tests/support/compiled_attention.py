@@ -29,13 +29,15 @@ def main() -> None:
     recorders = {name: Recorder(getattr(attention, name)) for name in KERNELS}
     for name, recorder in recorders.items():
         setattr(attention, name, recorder)
-    lam, norm = torch.zeros((), requires_grad=True), HeadNorm(torch.ones(128, requires_grad=True), 1e-5, 0.8)
-    run(*tensors(64, 128, maps=2, group=1), lam=lam, head_norm=norm)
+    lam = torch.zeros((), requires_grad=True)
+    for d, dv in ((64, 128), (128, 256)):  # as models of 0.8 and of 3 billion parameters have them
+        norm = HeadNorm(torch.ones(dv, requires_grad=True), 1e-5, 0.8)
+        run(*tensors(d, dv, maps=2, group=1), lam=lam, head_norm=norm)
     starts = torch.zeros(1, 1024, dtype=torch.int64)
     run(*tensors(96, 72, maps=1, group=4), window=1, document_start=starts)
     for recorder in recorders.values():
         for launch in recorder.launches:
-            products = launch.ptx.count("wgmma.mma_async.sync.aligned")
+            products = launch.ptx.count("mma.sync") + launch.ptx.count("wgmma.mma_async.sync.aligned")
             print(json.dumps(launch._replace(ptx="")._asdict() | {"products": products}))
 
 
