@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from trine.configs.checks import check_layout
+from trine.configs.engine_checks import READ_AT
 from trine.configs.layouts import parse_layout, under_layout
 from trine.configs.schema import Config, DeepSpeed
 from trine.launch.pool import RankPool
@@ -34,9 +35,9 @@ MIB = 2**20
 LAYOUTS = ("", "+zero0", "+zero1", "+zero2", "+zero3")
 ON_GPU = ("+zero2+offload", "+zero3+offload")
 """On a CPU there is no other memory to which the state could go."""
-BUCKETS = dict.fromkeys(
-    ["reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
-     "stage3_max_reuse_distance"], 1_000_000,
+BUCKETS = (
+    "reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
 )  # fmt: skip
 MODEL: dict[str, Any] = {
     "vocabulary_size": 8192, "hidden_size": 512, "ffn_hidden_size": 1408, "tied_embeddings": True,
@@ -56,7 +57,8 @@ def config_of(layout: str, ranks: int) -> Config:
     config = under_layout(Config.model_validate(raw), parse_layout(layout))
     if config.deepspeed is None:
         return config
-    zero = config.deepspeed.zero_optimization.model_copy(update=BUCKETS)
+    buckets = {name: 1_000_000 for name in BUCKETS if config.zero_stage in READ_AT[name]}
+    zero = config.deepspeed.zero_optimization.model_copy(update=buckets)
     return config.model_copy(update={"deepspeed": DeepSpeed(zero_optimization=zero)})
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+)
 
 from .durations import Duration
 from .stack import Section, Stack
@@ -280,6 +290,17 @@ class Watch(Section):
     """A rank whose own work takes this many times the median is named."""
 
 
+def _whole(value: object) -> object:
+    """Numbers as DeepSpeed's users write them: YAML takes 5e8 for text."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]*)?[eE][0-9]{1,2}", value):
+        return float(value)
+    return value
+
+
+Elements = Annotated[PositiveInt, BeforeValidator(_whole)]
+ElementsOrNone = Annotated[NonNegativeInt, BeforeValidator(_whole)]
+
+
 class Offload(Section):
     """Where DeepSpeed keeps what a rank owns."""
 
@@ -301,16 +322,16 @@ class ZeroOptimization(Section):
     overlap_comm: bool | None = None
     contiguous_gradients: bool | None = None
     reduce_scatter: bool | None = None
-    reduce_bucket_size: PositiveInt | None = None
+    reduce_bucket_size: Elements | None = None
     allgather_partitions: bool | None = None
-    allgather_bucket_size: PositiveInt | None = None
+    allgather_bucket_size: Elements | None = None
     round_robin_gradients: bool | None = None
-    sub_group_size: PositiveInt | None = None
-    stage3_max_live_parameters: PositiveInt | None = None
-    stage3_max_reuse_distance: PositiveInt | None = None
-    stage3_prefetch_bucket_size: NonNegativeInt | None = None
-    stage3_param_persistence_threshold: NonNegativeInt | None = None
-    stage3_model_persistence_threshold: NonNegativeInt | None = None
+    sub_group_size: Elements | None = None
+    stage3_max_live_parameters: Elements | None = None
+    stage3_max_reuse_distance: Elements | None = None
+    stage3_prefetch_bucket_size: ElementsOrNone | None = None
+    stage3_param_persistence_threshold: ElementsOrNone | None = None
+    stage3_model_persistence_threshold: ElementsOrNone | None = None
 
 
 class DeepSpeed(Section):
@@ -319,10 +340,6 @@ class DeepSpeed(Section):
     zero_optimization: ZeroOptimization = ZeroOptimization()
     communication_data_type: Literal["fp32", "bf16"] | None = None
     """Type in which gradients are summed over ranks; by default fp32."""
-    wall_clock_breakdown: bool = False
-    """Log how long the parts of a step take."""
-    memory_breakdown: bool = False
-    """Log how much memory each part of a step leaves in use."""
 
 
 class Run(Section):

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .engine_checks import SET_ELSEWHERE
+from .engine_checks import explained
 from .errors import UsageError
 from .schema import Config
 from .stack import MIXERS, AnyMixerSegment, Section, SharedKVSegment
@@ -133,8 +133,8 @@ def _is_unknown_key(error: ErrorDetails) -> bool:
 
 def _unknown_key(location: Location) -> str:
     section = location[:-1]
-    if section == ("deepspeed",) and (key := SET_ELSEWHERE.get(str(location[-1]))):
-        return f"{_dotted(location)} is what {key} sets here: set that, and leave it out"
+    if explanation := explained(_dotted(section), str(location[-1])):
+        return explanation
     unknown = f"{_dotted(location)} is not a key{_of_segment(section)}"
     if suggestion := _suggestion(location):
         return f"{unknown}; did you mean {suggestion}?"

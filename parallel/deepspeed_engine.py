@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..configs.errors import RunError
 from ..configs.ramps import StepShape
 from ..configs.schema import Config
 from .deepspeed_partitions import partitions_of
@@ -121,6 +122,11 @@ class DeepSpeedEngine(Engine):
 
     def _update(self, grad_norm: float) -> None:
         self.deepspeed.step()
+        if not self.deepspeed.was_step_applied():
+            raise RunError(
+                f"DeepSpeed did not update the parameters: the gradient norm, {grad_norm:g}, is not finite by its own "
+                "sum in fp32; lower optimizer.learning_rate or optimizer.clip_grad"
+            )
 
 
 def _adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .engine import STATE_KEYS, Owned
 
@@ -110,24 +111,23 @@ class Undivided(Partitions):
 class DividedState(Partitions):
     """Stages 1 and 2: the parameters of a group lie in one flat buffer, of which each data rank owns a range."""
 
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self._places = {place.parameter: place for place in self._find_places()}
+
     def owned(self) -> Iterator[Owned]:
-        for group, parameters in enumerate(self._zero.params_in_partition):
-            master = self._masters()[group]
-            for parameter in parameters:
-                mapping = parameter._hp_mapping
-                place = mapping.hp_fragment_address
-                state = self._live(master, place.start, place.numel)
-                yield Owned(parameter, mapping.lp_fragment_address.start, state)
+        masters = self._masters()
+        for parameter, place in self._places.items():
+            yield Owned(parameter, place.start, self._live(masters[place.group], place.in_master, place.elements))
 
     def gradient_of(self, owned: Owned) -> Tensor:
-        parameter: Any = owned.parameter
-        group, place = parameter._hp_mapping.param_group_index, parameter._hp_mapping.hp_fragment_address
+        place = self._places[owned.parameter]
         if self._zero.cpu_offload:
-            whole: Any = self._masters()[group].grad
-            return whole[place.start : place.start + place.numel]  # type: ignore[no-any-return]
-        index = next(i for i, p in enumerate(self._zero.params_in_partition[group]) if p is parameter)
-        gradients = self._zero.averaged_gradients[group]
-        found: Tensor = [g for g in gradients if not getattr(g, "_zero_padding", False)][index]
+            self._zero._wait_for_offload_copies()
+            whole: Any = self._masters()[place.group].grad
+            return whole[place.in_master : place.in_master + place.elements]  # type: ignore[no-any-return]
+        gradients = self._zero.averaged_gradients[place.group]
+        found: Tensor = [g for g in gradients if not getattr(g, "_zero_padding", False)][place.index]
         return found.view(-1)
 
     def drop_gradients(self) -> None:
@@ -145,6 +145,35 @@ class DividedState(Partitions):
 
     def _masters(self) -> list[Tensor]:
         return list(self._zero.single_partition_of_fp32_groups)
+
+    def _find_places(self) -> Iterator[_Place]:
+        """In the order of the flat buffers, which with ``round_robin_gradients`` is not that of the groups. (There
+        DeepSpeed's own ``_hp_mapping`` of a parameter is wrong.)"""
+        zero = self._zero
+        buffers = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, strict=True)
+        for group, (parameters, offsets) in enumerate(buffers):
+            size = zero.partition_size[group]
+            first, index = size * int(zero.real_dp_process_group[group].rank()), 0
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                start, stop = max(offset, first), min(offset + parameter.numel(), first + size)
+                if start < stop:
+                    yield _Place(parameter, group, index, start - offset, start - first, stop - start)
+                    index += 1
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a rank owns of a parameter at stages 1 and 2."""
+
+    parameter: nn.Parameter
+    group: int
+    index: int
+    """Among the parameters of the group of which this rank owns something."""
+    start: int
+    """The first element, in the parameter."""
+    in_master: int
+    """The same, in the rank's master copy of the group."""
+    elements: int
 
 
 class DividedParameters(Partitions):

@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from ..configs.engine_checks import no_deepspeed
 from ..configs.ramps import shapes_of
 from ..configs.schema import Config, DeepSpeed
 from .topology import Topology
+
+_OPEN_MPI = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
 def load_deepspeed() -> Any:
@@ -50,17 +54,29 @@ def start(
 ) -> Any:
     """DeepSpeed's engine around ``model``, whose parameters are those of ``optimizer``. Every rank must call it."""
     deepspeed = load_deepspeed()
-    # By this it chooses the GPU; ranks that were started by hand or by a pool do not have it.
-    os.environ.setdefault("LOCAL_RANK", str(topology.device.index or 0))
-    settings = config.deepspeed or DeepSpeed()
-    if settings.wall_clock_breakdown or settings.memory_breakdown:
-        logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     _number_anew()
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, mpu=ProcessGroups(topology), config=deepspeed_config(config, topology),
-        dist_init_required=False,
-    )  # fmt: skip
+    with _device_by_environment(topology.device):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, mpu=ProcessGroups(topology), config=deepspeed_config(config, topology),
+            dist_init_required=False,
+        )  # fmt: skip
     return engine
+
+
+@contextmanager
+def _device_by_environment(device: torch.device) -> Iterator[None]:
+    """Within it DeepSpeed takes this rank's device, which it chooses by LOCAL_RANK and asks for as long as it runs.
+
+    Open MPI's variable must not contradict it, as one does that is left over in a shell, or that counts GPUs of which a
+    rank sees one.
+    """
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    of_open_mpi = os.environ.pop(_OPEN_MPI, None)
+    try:
+        yield
+    finally:
+        if of_open_mpi is not None:
+            os.environ[_OPEN_MPI] = of_open_mpi
 
 
 def _number_anew() -> None:

@@ -79,6 +79,7 @@ class Contents:
         parallel = self.config.at("parallel")
         if not parallel.fields:
             return None
+        zero = self.config.at("deepspeed", "zero_optimization")
         sizes = {key: parallel.at(key).integer or 1 for key in ("tensor", "pipeline", "virtual_pipeline", "context")}
         divided = sizes["tensor"] * sizes["pipeline"] * sizes["context"]
         parts = {
@@ -90,6 +91,7 @@ class Contents:
             "a2a": sizes["context"] > 1 and parallel.at("context_exchange").text == "all_to_all",
             f"dp{(self.ranks or 0) // divided}": (self.ranks or 0) // divided > 1,
             f"zero{self._zero_stage}": self._zero_stage is not None,
+            "offload": self._zero_stage is not None and zero.at("offload_optimizer", "device").text == "cpu",
         }
         return "+".join(part for part, counts in parts.items() if counts) or "tp1"
 
