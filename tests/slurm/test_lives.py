@@ -90,7 +90,7 @@ def test_what_slurm_cannot_give_is_told_in_one_sentence(new_run: NewRun) -> None
 def test_a_folder_with_any_name(cluster: Cluster, new_run: NewRun, standin: Standin) -> None:
     run = new_run("a b'c\"d 100% $HOME `x`#1 \u00e9")
     program = standin('printf "%s\\n" "$@" >"$RUN/words.$RANK"; leave finished false 0')
-    hostile = "checkpoint.directory=\"$(touch x) 'y'\""
+    hostile = f"checkpoint.directory=\"{run.directory.parent}/$(touch x) 'y'\""
     (job,) = run.submit(hostile, *options(run, program))
     assert ended_well(cluster.wait_for(job, seconds=LIFE_S), restarts=0), run.log()
     words = (run.directory / "words.3").read_text().splitlines()
