@@ -20,6 +20,9 @@ from trine.configs.checks import Layout
 from trine.launch.pool import RankPool
 from trine.parallel import topology
 
+# Tensors here are small: a second thread costs more than it gives, and most where ranks of a pool compute as well.
+torch.set_num_threads(1)
+
 ONE_RANK = Layout(world_size=1, tensor=1, pipeline=1, virtual_pipeline=1, context=1, data=1, num_microbatches=1)
 REPOSITORY = Path(__file__).resolve().parent.parent
 

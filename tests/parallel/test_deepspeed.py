@@ -21,7 +21,6 @@ pytestmark = pytest.mark.timeout(300)
 STEPS = 3
 
 LAYOUTS = [
-    "zero0",
     "dp2+zero0",
     "dp2+zero1",
     "dp2+zero2",
@@ -29,10 +28,8 @@ LAYOUTS = [
     "tp2+sp+dp2+zero1",
     "tp2+sp+dp2+zero2",
     "tp2+sp+dp2+zero3",
-    "tp2+zero3",
     "cp2+dp2+zero2",
     "dp3+zero1+offload",
-    "dp2+zero2+offload+selective",
     "tp2+sp+cp2+zero3+offload+recompute",
 ]
 
@@ -81,9 +78,8 @@ def test_no_parameter_is_too_small_to_be_divided(ranks: RankPool, three_steps: S
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "dp3+zero1": {"round_robin_gradients": True},
-    "dp2+zero2": {"round_robin_gradients": True, "contiguous_gradients": False},
     "dp2+zero2+offload": {"round_robin_gradients": True, "reduce_bucket_size": 300},
-    "tp2+dp2+zero2": {"overlap_comm": True, "reduce_scatter": False, "allgather_bucket_size": 500},
+    "tp2+dp2+zero2": {"overlap_comm": True, "contiguous_gradients": False, "allgather_bucket_size": 500},
     "dp2+zero3": {"sub_group_size": 500, "stage3_prefetch_bucket_size": 100, "reduce_bucket_size": 10_000},
 }
 
@@ -102,7 +98,7 @@ def test_settings_change_no_number(
         assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
-CHAIN = ["dp2", "dp3+zero1", "tp2+sp+pp2", "tp2+dp2+zero3", "zero0", "tp2+sp+dp3+zero2+offload", "cp2+zero3", "tp1"]
+CHAIN = ["dp3+zero1", "tp2+sp+pp2", "tp2+dp2+zero3", "zero0", "tp2+sp+dp3+zero2+offload", "tp1"]
 
 
 def test_a_run_that_changes_its_engine_at_every_step(
@@ -130,7 +126,7 @@ def test_a_run_that_changes_its_engine_at_every_step(
         assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_bf16(ranks: RankPool, tmp_path: Path, stage: int) -> None:
     """Each engine rounds gradients to bf16 in other places, and stage 3 has its vectors in bf16: losses agree as they do
     between layouts in bf16.
@@ -151,7 +147,7 @@ def test_bf16(ranks: RankPool, tmp_path: Path, stage: int) -> None:
     assert other[0]["losses"] == pytest.approx(found[0]["losses"][2:], rel=5e-3)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_skipped_update_leaves_no_trace(ranks: RankPool, three_steps: StepsOfRank, stage: int) -> None:
     layout = f"dp2+zero{stage}"
     found = run(ranks, raw_config(layout), layout, "training:train_after_a_skipped_step")
