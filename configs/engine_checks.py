@@ -1,4 +1,4 @@
-"""Whether ``engine: deepspeed`` fits the rest of a configuration. Whether it is installed is checked on the ranks."""
+"""Whether ``engine: deepspeed`` fits the rest of a configuration, and whether DeepSpeed is installed."""
 
 from __future__ import annotations
 

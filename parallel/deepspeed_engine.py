@@ -20,7 +20,7 @@ from ..configs.errors import RunError
 from ..configs.ramps import StepShape
 from ..configs.schema import Config
 from .deepspeed_partitions import partitions_of
-from .deepspeed_start import load_deepspeed, start
+from .deepspeed_start import load_deepspeed, start, stop
 from .engine import Engine, Owned, make_schedule
 from .engine_config import DTYPES
 from .microbatch import Microbatches
@@ -92,7 +92,7 @@ class DeepSpeedEngine(Engine):
         """As the base class says."""
         for hook in self._hooks:
             hook.remove()
-        self.deepspeed.destroy()
+        stop(self.deepspeed)
 
     def _drop_gradients(self) -> None:
         self._partitions.drop_gradients()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -88,7 +89,20 @@ def _number_anew() -> None:
 
     partition_parameters.Init.param_id = 0
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ = ([0],)
+
+
+def stop(engine: Any) -> None:
+    """End what ``start`` gave, so that nothing but its caller holds the model and its process groups.
+
+    Stage 3 keeps the model in the process, on the stack of modules whose forward pass runs and in a method's cache.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    engine.destroy()
     parameter_offload.FWD_MODULE_STACK.clear()
+    released = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(released).nonlocals["func"].cache_clear()  # behind a decorator
 
 
 def deepspeed_config(config: Config, topology: Topology) -> dict[str, Any]:
