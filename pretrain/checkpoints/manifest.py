@@ -57,7 +57,10 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if (found := manifest["format"]) != FORMAT:
-            raise RunError(f"checkpoint {folder} has format {found}; this version of trine reads format {FORMAT}")
+            raise RunError(
+                f"checkpoint {folder} has format {found}; this version of trine reads format {FORMAT}: use the version "
+                "that wrote it, or begin anew in another run.directory"
+            )
         files = {_plain(name): FileEntry(int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
     except FileNotFoundError as error:
         raise DamageError(folder, Problem(MANIFEST, "is missing")) from error

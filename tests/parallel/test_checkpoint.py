@@ -211,7 +211,7 @@ def test_a_manifest_must_vouch_for_what_is_unpickled(copy: Path) -> None:
 def test_missing_or_foreign_manifest(copy: Path) -> None:
     manifest = copy / "manifest.json"
     manifest.write_text(json.dumps({"format": 99, "files": {}}))
-    with pytest.raises(RunError, match=r"has format 99; this version of trine reads format 4"):
+    with pytest.raises(RunError, match=r"has format 99; this version of trine reads format 4: use the version that wrote it, or begin anew in another"):
         verify(copy)
     manifest.unlink()
     with pytest.raises(DamageError, match=r"is damaged: manifest\.json is missing"):

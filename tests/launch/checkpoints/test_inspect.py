@@ -101,6 +101,6 @@ def test_garbled_manifest(run: Path, one: Path, content: str, capsys: Capture) -
 
 def test_another_format_is_told(one: Path, capsys: Capture) -> None:
     (one / "manifest.json").write_text('{"format": 99, "files": {}}')
-    assert refused(capsys, 1, "inspect", one) == f"checkpoint {one} has format 99; this version of trine reads format 4"
+    assert refused(capsys, 1, "inspect", one) == f"checkpoint {one} has format 99; this version of trine reads format 4: use the version that wrote it, or begin anew in another run.directory"
     assert checkpoint("verify", one) == 1
     assert capsys.readouterr().out.startswith("step-00000003: has format 99; this version")

@@ -63,7 +63,7 @@ def test_list_tells_what_is_wrong_at_a_glance(run: Path, one: Path, capsys: Capt
     for line, expected in zip(
         lines,
         [
-            "  has format 99; this version of trine reads format 4",
+            "  has format 99; this version of trine reads format 4: use the version that wrote it, or begin anew in another run.directory",
             "  state.json differs from what was written",
             "  __0_0.distcp has 5 bytes instead of ",
             "  manifest.json is missing",
